@@ -1,0 +1,3 @@
+"""ChatGLM on today's transformers."""
+
+__version__ = "0.1.0"
