@@ -1,4 +1,4 @@
-"""What every test shares. Nothing here may import ``chatglm`` at the top: tests/hub does without it."""
+"""What every test shares. Nothing here imports ``chatglm`` at the top; tests/hub does without."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# Before transformers is imported: no test goes to the network, and remote code that a test loads is copied to
-# a place of this run's own, not to the user's cache.
+# Before transformers is imported: no test goes to the network, and remote code that a test loads is
+# copied to a place of this run's own, not to the user's cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 _modules_cache = tempfile.TemporaryDirectory(prefix="chatglm-tests-")
 os.environ["HF_MODULES_CACHE"] = _modules_cache.name
@@ -33,7 +33,7 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """One thread: tiny models run faster so, and sums come out in the same order on every machine."""
+    """One thread: tiny models run faster so, and sums are the same on every machine."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,0 +1,52 @@
+"""The `chatglm` command: one module for each subcommand, imported when it is called.
+
+A module offers `add_arguments(parser)` and `run(arguments)`; what takes long to import is imported
+inside `run`, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from chatglm import __version__
+
+COMMANDS = {
+    "chat": "talk with a model in the terminal",
+    "info": "tell what a model is and the memory it needs, without loading it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(argv).parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (OSError, ValueError) as error:
+        print(f"chatglm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("chatglm", description="ChatGLM on your own machine.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name in argv[:1]:
+            module = importlib.import_module(f"chatglm.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser

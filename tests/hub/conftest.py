@@ -1,7 +1,7 @@
-"""Folders as the Hub has them: the root files, config.json, weights, loaded with trust_remote_code=True.
+"""Folders as the Hub has them: root files, config.json, weights; loaded as remote code.
 
-These tests stand for users who never installed the package, so nothing here imports ``chatglm``: its
-registration would take the place of the folder's own code. Run them in a process of their own,
+These tests stand for users who never installed the package, so nothing here imports ``chatglm``:
+its registration would take the place of the folder's own code. Run them in a process of their own,
 ``pytest tests/hub``; together with the other tests they skip.
 """
 
@@ -47,8 +47,8 @@ def make_folder(
 ) -> Path:
     """Writes a Hub folder: the four root files, config.json and what else is given.
 
-    ``weights`` become model.safetensors; tensors that share memory are written apart, as in the published
-    files. ``tokenizer_file`` keeps its name.
+    ``weights`` become model.safetensors; tensors that share memory are written apart, as in the
+    published files. ``tokenizer_file`` keeps its name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in HUB_FILES:

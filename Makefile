@@ -1,0 +1,75 @@
+# make chat    talk with the model that ships with this repository
+# make check   lint and formatting        make format  put the formatting right
+# make test    check and all tests        make clean   remove what these commands made
+#
+# Each makes the environment it needs; nothing has to be installed before but Python and make.
+# PYTHON=/path/to/python chooses another Python, MODEL=... another model to chat with.
+
+.DEFAULT_GOAL := help
+.PHONY: help chat check format test test-oldest demo-models clean
+.DELETE_ON_ERROR:
+
+MODEL ?= demo
+BIN := .venv/bin
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+
+# The first Python that is new enough and can make virtual environments.
+SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
+FIND_PYTHON = $(or $(PYTHON),$$(for name in python3 python python3.13 python3.12 python3.11 python3.10; \
+	do if $$name -c '$(SUITABLE)' 2> /dev/null; then echo $$name; break; fi; done))
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+chat: .venv/chat
+	@$(BIN)/chatglm chat $(MODEL)
+
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# tests/hub loads folders with trust_remote_code in a process that never imports chatglm.
+test: check
+	$(BIN)/python -m pytest tests/hub
+	$(BIN)/python -m pytest --ignore=tests/hub
+
+test-oldest: .venv-oldest/test
+	.venv-oldest/bin/python -m pytest tests/hub
+	.venv-oldest/bin/python -m pytest --ignore=tests/hub
+
+demo-models: .venv/demo
+	$(BIN)/python -m demo.train --model demo --output chatglm/models/demo
+	$(BIN)/python -m demo.train --model demo-v1 --output chatglm/models/demo-v1
+
+clean:
+	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+%/bin/python:
+	@python="$(FIND_PYTHON)"; if [ -z "$$python" ]; then echo "chatglm needs Python 3.10 or newer\
+	 with its venv module (on Debian and Ubuntu: apt install python3-venv); with PYTHON=/path/to/python\
+	 you can name one." >&2; exit 1; fi; \
+	echo "Making $* with $$($$python --version)."; $$python -m venv $*
+
+# Empty files that say what is installed; newer requirements install again.
+.venv/chat: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/test: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch .venv/chat $@
+
+.venv/demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch .venv/chat $@
+
+.venv-oldest/test: pyproject.toml constraints.txt | .venv-oldest/bin/python
+	sed '/^\(transformers\|huggingface_hub\|tokenizers\)==/d' constraints.txt > .venv-oldest/constraints.txt
+	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[test]'
+	@touch $@

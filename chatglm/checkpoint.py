@@ -1,0 +1,312 @@
+"""What a checkpoint folder holds, read from config.json, file sizes and safetensors headers alone.
+
+Nothing here needs torch, so a damaged or incomplete download is told in a moment, before anything
+large is loaded, and so is the memory a model will need.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAMILY_KEYS = {
+    "chatglm": ("inner_hidden_size", "position_encoding_2d"),
+    "chatglm2": ("padded_vocab_size", "multi_query_attention"),
+}
+TOKENIZER_FILES = {"chatglm": "ice_text.model", "chatglm2": "tokenizer.model"}
+EMBEDDINGS = {
+    "chatglm": "transformer.word_embeddings.weight",
+    "chatglm2": "transformer.embedding.word_embeddings.weight",
+}
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as a safetensors header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of weights; ``tensors`` is empty for a .bin, whose pickle is not read here."""
+
+    path: Path
+    size: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers that decide how much memory a model needs."""
+
+    num_layers: int
+    vocab_size: int
+    linear_weights: int  # in the layers: what quantisation packs
+    linear_rows: int  # their output rows; a packed row has one half-precision scale
+    embedding_weights: int  # the embedding, and the output layer where it is not the same tensor
+    other_weights: int  # norms and biases
+    cache_values_per_token: int  # keys and values of all layers
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_weights + self.embedding_weights + self.other_weights
+
+    def weight_bytes(self, bits: int) -> int:
+        """Bytes of the weights in float32 (32), half precision (16), or packed (8, 4).
+
+        Packed models keep embedding, output layer and the rest in half precision.
+        """
+        if bits in (32, 16):
+            return self.parameters * bits // 8
+        packed = self.linear_weights * bits // 8 + self.linear_rows * 2
+        return packed + (self.embedding_weights + self.other_weights) * 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has passed the checks of `read_checkpoint`."""
+
+    folder: Path
+    config: dict[str, Any]
+    weights: tuple[WeightFile, ...]
+
+    @property
+    def family(self) -> str:
+        return family_of(self.config)
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.config)
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Checks that `folder` holds a whole checkpoint and says what is in it.
+
+    Raises OSError for a file that is missing, cut off or only a git-lfs pointer, and ValueError for
+    one whose content is wrong; the message is one sentence that names the file and the way out.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights = tuple(_read_weight_file(path) for path in _weight_paths(folder))
+    _check_vocabulary(config, weights)
+    _check_tokenizer_file(folder, family_of(config))
+    return Checkpoint(folder, config, weights)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns config.json less what may name code: `auto_map` and the keys with a leading _."""
+    if not folder.is_dir():
+        raise OSError(f"There is no folder {folder}; give the folder that holds config.json.")
+    config = _read_json(_existing(folder / "config.json"))
+    if config.get("model_type") != "chatglm":
+        raise ValueError(
+            f"{folder / 'config.json'} says model_type {config.get('model_type')!r}; only "
+            "'chatglm', the type of ChatGLM-6B, ChatGLM2-6B and their kin, can be loaded here."
+        )
+    family_of(config)
+    return {key: value for key, value in config.items() if key != "auto_map" and key[:1] != "_"}
+
+
+def family_of(config: dict[str, Any]) -> str:
+    """Returns "chatglm" (ChatGLM-6B) or "chatglm2" (ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2)."""
+    families = [name for name, keys in FAMILY_KEYS.items() if any(key in config for key in keys)]
+    if len(families) != 1:
+        problem = "has keys of both families" if families else "has the keys of no known family"
+        raise ValueError(
+            f"config.json {problem} ({FAMILY_KEYS['chatglm'][0]} belongs to ChatGLM-6B, "
+            f"{FAMILY_KEYS['chatglm2'][0]} to ChatGLM2-6B); take the one that was published with "
+            "the weights."
+        )
+    return families[0]
+
+
+def sizes_of(config: dict[str, Any]) -> Sizes:
+    """Counts the parameters of the model that `config` describes, prefix encoders aside."""
+    layers, hidden = _number(config, "num_layers"), _number(config, "hidden_size")
+    if family_of(config) == "chatglm":
+        vocabulary, embeddings = _number(config, "vocab_size"), 1  # tied to the output layer
+        linear, key_values = _chatglm_layer(config, hidden), hidden
+        biased, norm_size, norms = set(linear), 2 * hidden, 2 * layers + 1
+    else:
+        vocabulary, embeddings = _number(config, "padded_vocab_size"), 2
+        linear, key_values = _chatglm2_layer(config, hidden)
+        biased = set(linear) if config.get("add_bias_linear") else set()
+        biased |= {"query_key_value"} if config.get("add_qkv_bias") else set()
+        norm_size = hidden if config.get("rmsnorm", True) else 2 * hidden
+        norms = 2 * layers + bool(config.get("post_layer_norm", True))
+    return Sizes(
+        num_layers=layers,
+        vocab_size=vocabulary,
+        linear_weights=layers * sum(rows * columns for rows, columns in linear.values()),
+        linear_rows=layers * sum(rows for rows, _ in linear.values()),
+        embedding_weights=embeddings * vocabulary * hidden,
+        other_weights=layers * sum(linear[name][0] for name in biased) + norms * norm_size,
+        cache_values_per_token=2 * layers * key_values,
+    )
+
+
+def _chatglm_layer(config: dict[str, Any], hidden: int) -> dict[str, tuple[int, int]]:
+    """The linear layers of a ChatGLM-6B block, as (rows, columns) of their weights."""
+    inner = _number(config, "inner_hidden_size")
+    return {
+        "query_key_value": (3 * hidden, hidden),
+        "dense": (hidden, hidden),
+        "dense_h_to_4h": (inner, hidden),
+        "dense_4h_to_h": (hidden, inner),
+    }
+
+
+def _chatglm2_layer(config: dict[str, Any], hidden: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """The same of a ChatGLM2-6B block, and the width of its keys (and of its values)."""
+    channels, groups = _number(config, "kv_channels"), _number(config, "num_attention_heads")
+    inner, queries = _number(config, "ffn_hidden_size"), channels * groups
+    if config.get("multi_query_attention"):
+        groups = _number(config, "multi_query_group_num")
+    keys = channels * groups
+    shapes = {
+        "query_key_value": (queries + 2 * keys, hidden),
+        "dense": (hidden, queries),
+        "dense_h_to_4h": (2 * inner, hidden),  # gate and up
+        "dense_4h_to_h": (hidden, inner),
+    }
+    return shapes, keys
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether git left its small stand-in at `path` in place of a large file."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _weight_paths(folder: Path) -> list[Path]:
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise OSError(
+            f"{folder} holds no weights, neither model.safetensors nor pytorch_model.bin nor the "
+            "index of several such files; download them into it."
+        )
+    if found.suffix != ".json":
+        return [found]
+    weight_map = _read_json(_existing(found)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{found} names no files of weights (weight_map); download it again.")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise OSError(
+            f"{folder} lacks {len(missing)} of the {len(names)} files of weights that {found.name} "
+            f"names, {missing[0]} for one; download the missing files into it."
+        )
+    return [folder / name for name in names]
+
+
+def _read_weight_file(path: Path) -> WeightFile:
+    _existing(path)
+    if path.suffix == ".safetensors":
+        return WeightFile(path, path.stat().st_size, _read_header(path))
+    _check_archive(path)
+    return WeightFile(path, path.stat().st_size, {})
+
+
+def _read_header(path: Path) -> dict[str, Tensor]:
+    # 8 bytes: length n of the header; n bytes: the header as JSON; then the tensors.
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > min(size, LARGEST_HEADER):
+            raise OSError(
+                f"{path} is cut off or no safetensors file: it has {size:,} bytes but its header "
+                f"alone would end at byte {start:,}; download it again."
+            )
+        try:
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            tensors = {name: _tensor(entry) for name, entry in header.items()}
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError(f"{path} has a damaged header; download it again.") from None
+    expected = start + max(ends, default=0)
+    if size != expected:
+        raise OSError(
+            f"{path} has {size:,} bytes where its header says {expected:,}; download it again."
+        )
+    return tensors
+
+
+def _tensor(entry: dict[str, Any]) -> Tensor:
+    begin, end = entry["data_offsets"]
+    return Tensor(entry["dtype"], tuple(entry["shape"]), end - begin)
+
+
+def _check_archive(path: Path) -> None:
+    with path.open("rb") as file:
+        archive = file.read(2) == b"PK"
+    # A zip archive has its table of contents at the end: it is missing where a download stopped.
+    if archive and not zipfile.is_zipfile(path):
+        raise OSError(
+            f"{path} is cut off: it has {path.stat().st_size:,} bytes but no end of the archive; "
+            "download it again."
+        )
+
+
+def _check_vocabulary(config: dict[str, Any], weights: tuple[WeightFile, ...]) -> None:
+    name, expected = EMBEDDINGS[family_of(config)], sizes_of(config).vocab_size
+    for file in weights:
+        tensor = file.tensors.get(name)
+        if tensor is not None and tensor.shape[0] != expected:
+            raise ValueError(
+                f"{file.path} has embeddings for {tensor.shape[0]} tokens but config.json says "
+                f"{expected}; take both files from the same release."
+            )
+
+
+def _check_tokenizer_file(folder: Path, family: str) -> None:
+    path = _existing(folder / TOKENIZER_FILES[family])
+    if path.stat().st_size == 0:
+        raise OSError(f"{path} is empty; download it again.")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise OSError(f"{path} is missing; download it into the folder.")
+    if is_lfs_pointer(path):
+        size = re.search(rb"^size (\d+)$", path.read_bytes(), re.MULTILINE)
+        expected = f" of {int(size[1]):,} bytes" if size else ""
+        raise OSError(
+            f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the file{expected} "
+            "that belongs there; run `git lfs pull` in the folder or download the file itself."
+        )
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; download it again.")
+    return content
+
+
+def _number(config: dict[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json has {key} {value!r} where a whole number above 0 belongs.")
+    return value

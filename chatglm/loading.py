@@ -1,0 +1,103 @@
+"""From a name to a model that is ready to chat, running no code but our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from chatglm.checkpoint import Checkpoint, read_checkpoint
+from chatglm.find import find_checkpoint
+from chatglm.hub.configuration_chatglm import ChatGLMConfig
+from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+
+# Above this many parameters float32 on a CPU costs more memory than most machines have.
+LARGE = 1_000_000_000
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantize: int | None = None,
+    revision: str | None = None,
+) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
+    """Loads a model for chatting and its tokenizer.
+
+    Args:
+        name: "demo" or "demo-v1", which ship with this package, a folder, or a Hub name.
+        device: default is the first there is of "cuda", "mps", "cpu".
+        dtype: "float32", "float16", "bfloat16" or the torch dtype; None: see default_dtype.
+        quantize: 8 or 4 packs the weights of the linear layers into so many bits.
+        revision: of a Hub name: a branch, tag or commit.
+
+    Raises OSError for missing, cut off or git-lfs pointer files and ValueError for wrong arguments
+    or contents, before any weight is read. Weights come from safetensors where there are any, else
+    from .bin files, of whose pickles torch takes tensors alone. No Python file of the folder runs.
+    """
+    if quantize not in (None, 4, 8):
+        raise ValueError(f"quantize is {quantize!r}; give 8 or 4 bits, or None for no packing.")
+    device = _device(device)
+    dtype = _dtype(dtype)
+    checkpoint = read_checkpoint(find_checkpoint(name, revision))
+    tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint.folder)
+    # The checked keys of config.json, not the file, so that nothing in it can name code.
+    config = ChatGLMConfig.from_dict(dict(checkpoint.config))
+    model = ChatGLMForConditionalGeneration.from_pretrained(
+        checkpoint.folder,
+        config=config,
+        dtype=dtype or default_dtype(device, checkpoint),
+        # Packing is done where the memory is, then only the packed weights travel.
+        device_map={"": "cpu" if quantize else device},
+    )
+    if quantize:
+        model = model.quantize(quantize).to(device)
+    return model.eval(), tokenizer
+
+
+def default_device() -> torch.device:
+    """The fastest device of this machine: CUDA, Apple's MPS or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device, checkpoint: Checkpoint) -> torch.dtype | str:
+    """The checkpoint's own dtype on accelerators; on a CPU float32, or bfloat16 for large models.
+
+    CPUs compute float16 slowly if at all, and 6 billion parameters would take 25 GB in float32.
+    """
+    if device.type != "cpu":
+        return "auto"
+    return torch.bfloat16 if checkpoint.sizes.parameters >= LARGE else torch.float32
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return default_device()
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device is {device!r}; give cpu, cuda, cuda:1, mps or the like."
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {str(device)!r} but torch sees {torch.cuda.device_count()} CUDA devices; "
+            "leave device out to take the best there is."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is 'mps' but this machine has none; leave device out.")
+    return device
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is None or dtype in names.values():
+        return dtype
+    if dtype not in names:
+        raise ValueError(f"dtype is {dtype!r}; give one of {', '.join(names)}.")
+    return names[dtype]
