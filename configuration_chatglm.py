@@ -1,0 +1,262 @@
+"""The configuration of ChatGLM-6B, ChatGLM2-6B and their close kin.
+
+Every published checkpoint says `"model_type": "chatglm"`, so the family is told from the other keys:
+`inner_hidden_size` or `position_encoding_2d` belong to ChatGLM-6B ("chatglm"), `padded_vocab_size`
+or `multi_query_attention` to ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2 ("chatglm2").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+CHATGLM = "chatglm"
+CHATGLM2 = "chatglm2"
+
+FAMILY_KEYS = {
+    CHATGLM: ("inner_hidden_size", "position_encoding_2d"),
+    CHATGLM2: ("padded_vocab_size", "multi_query_attention"),
+}
+
+# The keys of the published config.json files with the values of the published 6B checkpoints.
+SHARED_DEFAULTS: dict[str, Any] = {
+    "num_layers": 28,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "layernorm_epsilon": 1e-5,
+    "use_cache": True,
+    "quantization_bit": 0,  # 8 or 4: the linear weights in the file are packed integers
+    "pre_seq_len": None,  # length of the P-Tuning v2 prefix
+    "prefix_projection": False,
+    "initializer_range": 0.02,
+}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    CHATGLM: {
+        "vocab_size": 130528,
+        "inner_hidden_size": 16384,
+        "max_sequence_length": 2048,
+        "position_encoding_2d": True,
+        "quantization_embeddings": False,  # embedding and head are packed too
+        "bos_token_id": 130004,
+        "eos_token_id": 130005,
+        "tie_word_embeddings": True,  # the published files leave it out and mean true
+    },
+    CHATGLM2: {
+        "vocab_size": 65024,  # written as `padded_vocab_size` too
+        "ffn_hidden_size": 13696,
+        "kv_channels": 128,  # channels of one head
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,  # key-value heads, each shared by 16 query heads
+        "seq_length": 32768,
+        "rope_ratio": 1.0,  # positions are divided by it; above 1 in the 32k checkpoints
+        "original_rope": True,  # read by vLLM only
+        "rmsnorm": True,
+        "post_layer_norm": True,
+        "apply_residual_connection_post_layernorm": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "fp32_residual_connection": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,  # without effect, as in the published code
+        "classifier_dropout": None,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def family_of(keys: dict[str, Any]) -> str | None:
+    """Return "chatglm" or "chatglm2", whichever `keys` of a config.json belong to; None if neither.
+
+    Raises ValueError when keys of both families are present.
+    """
+    found = {family: [key for key in telling if key in keys] for family, telling in FAMILY_KEYS.items()}
+    if found[CHATGLM] and found[CHATGLM2]:
+        raise ValueError(
+            f"The config mixes two families: {found[CHATGLM][0]!r} belongs to ChatGLM-6B and "
+            f"{found[CHATGLM2][0]!r} to ChatGLM2-6B; remove the keys of one of them."
+        )
+    return next((family for family, telling in found.items() if telling), None)
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """Sizes and switches of one checkpoint, under the names of the published config.json files.
+
+    `ChatGLMConfig()` is ChatGLM2-6B, `ChatGLMConfig.chatglm_6b()` ChatGLM-6B v1.1; both take any key
+    of FAMILY_DEFAULTS as an argument. The standard names of transformers (`num_hidden_layers`,
+    `num_key_value_heads`, `head_dim`, `intermediate_size`, `max_position_embeddings`) read the same
+    values. Raises ValueError for unknown families and contradictory values.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_hidden_layers": "num_layers"}
+
+    def __init__(self, **kwargs: Any) -> None:
+        family = family_of(kwargs) or CHATGLM2
+        kwargs = _with_one_name_each(family, kwargs)
+        for name, default in {**SHARED_DEFAULTS, **FAMILY_DEFAULTS[family]}.items():
+            setattr(self, name, kwargs.pop(name, default))
+        if family == CHATGLM:
+            # The oldest checkpoints name neither; the distances are the same in all vocabularies.
+            self.mask_token_id = kwargs.pop("mask_token_id", self.bos_token_id - 4)
+            self.gmask_token_id = kwargs.pop("gmask_token_id", self.bos_token_id - 3)
+            self.pad_token_id = kwargs.pop("pad_token_id", max(self.bos_token_id - 130001, 0))
+        if isinstance(self.prefix_projection, (list, tuple)):
+            # A circulating copy of the ChatGLM2 code saved a one-element list here.
+            self.prefix_projection = bool(self.prefix_projection[0])
+        self.pre_seq_len = self.pre_seq_len or None
+        self.quantization_bit = self.quantization_bit or 0
+        self.num_key_value_heads = kwargs.pop("num_key_value_heads", None)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self._published_key_value_heads()
+        super().__init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def chatglm_6b(cls, **overrides: Any) -> ChatGLMConfig:
+        """ChatGLM-6B v1.1 with `overrides`, for instance `vocab_size=150528, bos_token_id=150004`."""
+        return cls(**{"position_encoding_2d": True, **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> ChatGLMConfig:
+        """Build from the content of a config.json; ValueError if it is of neither family."""
+        if family_of(config_dict) is None:
+            raise ValueError(
+                f"config.json says model_type {config_dict.get('model_type')!r} but has none of the keys "
+                f"that tell a ChatGLM family ({', '.join(sum(FAMILY_KEYS.values(), ()))}); take the "
+                "config.json that was published with the weights."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def family(self) -> str:
+        """ "chatglm" (ChatGLM-6B v0.1, v1.1, Slim) or "chatglm2" (ChatGLM2/3-6B, CodeGeeX2)."""
+        return CHATGLM if "inner_hidden_size" in self.__dict__ else CHATGLM2
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding, as the ChatGLM2 config.json names them."""
+        return self.vocab_size
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        if self.family == CHATGLM:
+            return self.hidden_size // self.num_attention_heads
+        return self.kv_channels
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the MLP."""
+        return self.inner_hidden_size if self.family == CHATGLM else self.ffn_hidden_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Context length the checkpoint was trained for, in tokens."""
+        return self.max_sequence_length if self.family == CHATGLM else self.seq_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of the published config.json, and `num_key_value_heads`."""
+        output = super().to_dict()
+        if self.family == CHATGLM2:
+            output["padded_vocab_size"] = self.vocab_size
+        return output
+
+    def check(self) -> None:
+        """Raise ValueError, naming field and value, where the values contradict each other."""
+        _check_sizes(self)
+        _check_heads(self)
+        _check_token_ids(self)
+        if self.quantization_bit not in (0, 4, 8):
+            raise ValueError(
+                f"quantization_bit is {self.quantization_bit!r}; set 8 or 4 for packed weights, or 0 for none."
+            )
+
+    def _published_key_value_heads(self) -> int:
+        if self.family == CHATGLM2 and self.multi_query_attention:
+            return self.multi_query_group_num
+        return self.num_attention_heads
+
+
+def _with_one_name_each(family: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Replace the second names of a value by its first; ValueError if the two disagree."""
+    aliases = {"num_hidden_layers": "num_layers"}
+    if family == CHATGLM2:
+        aliases["padded_vocab_size"] = "vocab_size"
+    kwargs = dict(kwargs)
+    for alias, name in aliases.items():
+        value = kwargs.pop(alias, None)
+        if value is not None and kwargs.setdefault(name, value) != value:
+            raise ValueError(
+                f"The config gives {name} {kwargs[name]!r} and {alias} {value!r}, which mean the same; "
+                "make them equal or remove one."
+            )
+    return kwargs
+
+
+def _check_sizes(config: ChatGLMConfig) -> None:
+    positive = [
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ]
+    if config.family == CHATGLM:
+        positive += ["inner_hidden_size", "max_sequence_length"]
+    else:
+        positive += ["ffn_hidden_size", "kv_channels", "seq_length"]
+    if config.pre_seq_len is not None:
+        positive.append("pre_seq_len")
+    for name in positive:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"{name} is {value!r}; it must be a positive whole number, as in the published config.json."
+            )
+    for name in ["layernorm_epsilon"] + (["rope_ratio"] if config.family == CHATGLM2 else []):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{name} is {value!r}; it must be a number above 0.")
+
+
+def _check_heads(config: ChatGLMConfig) -> None:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.family == CHATGLM and config.hidden_size % heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}; change one of them."
+        )
+    if config.head_dim % 4:
+        source = "hidden_size / num_attention_heads" if config.family == CHATGLM else "kv_channels"
+        raise ValueError(
+            f"A head has {config.head_dim} channels ({source}); rotary positions need a multiple of 4."
+        )
+    if groups != config._published_key_value_heads():
+        raise ValueError(
+            f"num_key_value_heads is {groups} but the published keys say {config._published_key_value_heads()} "
+            "(multi_query_group_num, or num_attention_heads without multi_query_attention); remove num_key_value_heads."
+        )
+    if heads % groups:
+        raise ValueError(
+            f"num_attention_heads {heads} cannot be shared by multi_query_group_num {groups} groups; "
+            "it must be a multiple."
+        )
+
+
+def _check_token_ids(config: ChatGLMConfig) -> None:
+    names = ["bos_token_id", "pad_token_id"]
+    if config.family == CHATGLM:
+        names += ["eos_token_id", "mask_token_id", "gmask_token_id"]
+    for name in names:
+        value = getattr(config, name)
+        if value is None and name in ("pad_token_id", "bos_token_id") and config.family == CHATGLM2:
+            continue
+        if not isinstance(value, int) or not 0 <= value < config.vocab_size:
+            raise ValueError(
+                f"{name} is {value!r}, outside the vocabulary of {config.vocab_size} rows; take the ids and "
+                "vocab_size from the config.json that was published with these weights."
+            )

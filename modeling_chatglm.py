@@ -1,0 +1,1282 @@
+"""ChatGLM-6B and ChatGLM2-6B side by side, under the parameter names of the published checkpoints.
+
+The file reads from the parts to the whole: positions and masks, rotary embedding, attention, MLPs,
+blocks, prefix encoder, model, the two heads, generation, chat. "chatglm" is the first family
+(ChatGLM-6B v0.1, v1.1, Slim), "chatglm2" the second (ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2).
+
+One layout everywhere: hidden states [B, T, hidden], queries, keys and values [B, heads, T, head_dim].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
+from .quantization import QuantizedEmbedding, QuantizedLinear, quantize
+from .tokenization_chatglm import process_response
+
+# The published blocks scale their residuals for 28 layers, whatever the depth of the model.
+RESIDUAL_SCALE = math.sqrt(2 * 28)
+PREFIX_DROPOUT = 0.1
+
+# A ChatGLM-6B token has two positions. They travel as one integer, `position * 65536 + block`, because
+# adding 1 for the next token is then exactly the rule of the model: same position, next block.
+POSITION_STRIDE = 1 << 16
+
+
+def pack_positions(position_ids: torch.Tensor) -> torch.Tensor:
+    """[B, 2, T] (position, block), the published form, -> [B, T] packed."""
+    return position_ids[:, 0] * POSITION_STRIDE + position_ids[:, 1]
+
+
+def unpack_positions(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] packed -> position [B, T], block [B, T]."""
+    return packed // POSITION_STRIDE, packed % POSITION_STRIDE
+
+
+def is_context(input_ids: torch.Tensor, config: ChatGLMConfig) -> torch.Tensor:
+    """True where a token stands before the first <sop> of its row, [B, T]; a row without one has no context."""
+    is_sop = input_ids == config.bos_token_id
+    return (is_sop.cumsum(-1) == 0) & is_sop.any(-1, keepdim=True)
+
+
+def glm_positions(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: ChatGLMConfig
+) -> torch.Tensor:
+    """Packed positions [B, T] of rows that hold a whole prompt, from ids and an optional 2-D mask.
+
+    token      x1  x2  [gMASK]  <sop>  y1  y2        with left padding:   pad  x1  [gMASK]  <sop>
+    position    0   1     2       2     2   2                              0    0     1       1
+    block       0   0     0       1     2   3                              0    0     0       1
+
+    The context counts upwards; everything from <sop> on keeps the position of the mask token that it
+    fills ([gMASK] if the row has one, else [MASK]) and counts in blocks. Without the second dimension
+    (`position_encoding_2d` false) a row with [gMASK] simply counts on.
+    """
+    length = input_ids.shape[1]
+    columns = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    index = columns
+    if attention_mask is not None:
+        index = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    context = is_context(input_ids, config)
+    sop_column = context.sum(-1, keepdim=True)  # [B, 1]
+    is_gmask = input_ids == config.gmask_token_id
+    has_gmask = is_gmask.any(-1, keepdim=True)
+    is_mask = torch.where(has_gmask, is_gmask, input_ids == config.mask_token_id)
+    filled = index.gather(1, is_mask.int().argmax(-1, keepdim=True))  # [B, 1]
+    if not config.position_encoding_2d:
+        return torch.where(context | has_gmask, index, filled) * POSITION_STRIDE
+    position = torch.where(context, index, filled)
+    block = torch.where(context, 0, columns - sop_column + 1)
+    return position * POSITION_STRIDE + block
+
+
+def check_prompt(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
+    """Raise ValueError for a row that lacks <sop> or a mask token: it has no positions."""
+    for name, found in {
+        f"<sop> (id {config.bos_token_id})": input_ids == config.bos_token_id,
+        f"[gMASK] (id {config.gmask_token_id}) or [MASK] (id {config.mask_token_id})": (
+            (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
+        ),
+    }.items():
+        missing = (~found.any(-1)).nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(
+                f"Row {missing[0]} of input_ids has no {name}: ChatGLM-6B reads a whole prompt at once; encode it "
+                "with tokenizer(...), which adds both, and leave chunked prefill off."
+            )
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the positions in one call, shared by all layers.
+
+    "chatglm": [B, 1, T, head_dim], the first half of the channels turned by the position, the second by
+    the block. "chatglm2": [B, 1, T, head_dim / 2] for the channels that turn, pairs side by side.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
+
+    def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
+        """float32 [turned channels / 2]."""
+        turned = self.config.head_dim
+        if self.config.family == CHATGLM2 or self.config.position_encoding_2d:
+            turned //= 2
+        exponents = torch.arange(0, turned, 2, dtype=torch.float32, device=device) / turned
+        inv_freq = 1.0 / 10000**exponents
+        if self.config.family == CHATGLM:
+            # ChatGLM-6B was trained with these rounded to half, and so needs them in every dtype.
+            return inv_freq.half().float()
+        return inv_freq
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> RotaryEmbedding:
+        # `model.half()` must not round the frequencies: only the device of the buffer ever changes.
+        super()._apply(fn, *args, **kwargs)
+        if not self.inv_freq.is_meta:
+            self.inv_freq = self.inverse_frequencies(self.inv_freq.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids [B, T] (packed for "chatglm") -> cosines, sines in `dtype`."""
+        if self.config.family == CHATGLM2:
+            angles = self._angles(position_ids / self.config.rope_ratio).repeat_interleave(2, dim=-1)
+        else:
+            # ChatGLM-6B in float16 was trained with positions, angles and tables in float16.
+            angle_dtype = torch.float16 if dtype == torch.float16 else torch.float32
+            position, block = unpack_positions(position_ids)
+            if self.config.position_encoding_2d:
+                position, block = (
+                    self._angles(position, angle_dtype),
+                    self._angles(block, angle_dtype),
+                )
+                angles = torch.cat((position, position, block, block), dim=-1)
+            else:
+                angles = self._angles(position + block, angle_dtype).repeat(1, 1, 2)
+        angles = angles[:, None]  # one for all heads
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _angles(self, position: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return position.to(dtype)[..., None] * self.inv_freq.to(dtype)
+
+
+def rotate_halves(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, parts: int) -> torch.Tensor:
+    """Turn all channels; each of `parts` equal parts is (u1, u2) -> (u1 cos - u2 sin, u2 cos + u1 sin)."""
+    halves = states.unflatten(-1, (parts, 2, -1))
+    turned = torch.stack((-halves[..., 1, :], halves[..., 0, :]), dim=-2).flatten(-3)
+    return states * cos + turned * sin
+
+
+def rotate_pairs(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the first half of the channels in neighbouring pairs; the other half passes unchanged."""
+    turning, passing = states.chunk(2, dim=-1)
+    turned = torch.stack((-turning[..., 1::2], turning[..., 0::2]), dim=-1).flatten(-2)
+    return torch.cat((turning * cos + turned * sin, passing), dim=-1)
+
+
+def eager_attention_forward(
+    module: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: -> context [B, T, H, D], weights [B, H, T, S].
+
+    A mask [B, 1, T, S] is boolean (True = may see) or is added to the scores.
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    # Dividing by the layer number before the product and multiplying back in float32 cancels; it keeps
+    # the scores of deep layers inside the range of float16.
+    layer_number = module.layer_idx + 1
+    scores = torch.matmul(query * (scaling / layer_number), key.transpose(-1, -2)).float() * layer_number
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(dim=-1).to(query.dtype), dropout, module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    """Attention of both families; they differ in how the fused weight is laid out and in what turns.
+
+    "chatglm": rows of `query_key_value` are grouped by head, [head 0: q k v | head 1: q k v | ...].
+    "chatglm2": grouped by kind, [all q | all k | all v], few key-value heads shared by many query heads.
+    """
+
+    is_causal = True  # read by the attention functions when there is no mask
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.num_heads = config.head_dim, config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        if config.family == CHATGLM:
+            qkv_bias, dense_bias, self.by_kind = True, True, False
+        else:
+            qkv_bias, dense_bias = (
+                config.add_bias_linear or config.add_qkv_bias,
+                config.add_bias_linear,
+            )
+            self.by_kind = config.multi_query_attention
+        width = self.num_heads * self.head_dim
+        key_value_width = 2 * self.num_key_value_heads * self.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, width + key_value_width, bias=qkv_bias)
+        self.dense = nn.Linear(width, config.hidden_size, bias=dense_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.split_heads(self.query_key_value(hidden_states))
+        query, key = self.rotate(query, *rotary), self.rotate(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if prefix is not None:
+            key, value = (
+                torch.cat((p.expand(len(s), -1, -1, -1), s), 2) for p, s in zip(prefix, (key, value))
+            )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if output_attentions:
+            attend = eager_attention_forward  # no other one has weights to show
+        context, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        return self.dense(context.flatten(-2)), weights
+
+    def split_heads(self, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, T, q + k + v] -> query [B, H, T, D], key and value [B, G, T, D]."""
+        if self.by_kind:
+            sizes = [heads * self.head_dim for heads in (self.num_heads, *[self.num_key_value_heads] * 2)]
+            parts = [part.unflatten(-1, (-1, self.head_dim)) for part in fused.split(sizes, dim=-1)]
+        else:
+            parts = fused.unflatten(-1, (self.num_heads, 3 * self.head_dim)).chunk(3, dim=-1)
+        return tuple(part.transpose(1, 2) for part in parts)
+
+    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if self.config.family == CHATGLM2:
+            return rotate_pairs(states, cos, sin)
+        return rotate_halves(states, cos, sin, parts=2 if self.config.position_encoding_2d else 1)
+
+
+class MLP(nn.Module):
+    """The MLP of ChatGLM-6B: GELU (tanh form), with biases."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """The MLP of ChatGLM2-6B: one weight makes [gate | up], silu(gate) scales up."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        bias = config.add_bias_linear
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
+        return self.dense_4h_to_h(F.silu(gate) * up)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, evaluated in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.float()
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * states).to(hidden_states.dtype)
+
+
+def make_norm(config: ChatGLMConfig) -> nn.Module:
+    """The norm that both families put before attention, before the MLP and at the end."""
+    if config.family == CHATGLM2 and config.rmsnorm:
+        return RMSNorm(config.hidden_size, config.layernorm_epsilon)
+    return nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """One layer of ChatGLM-6B: the residual is the normed input, scaled (DeepNorm, Wang 2022)."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.attention = Attention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normed = self.input_layernorm(hidden_states)
+        attended, weights = self.attention(normed, **kwargs)
+        hidden_states = RESIDUAL_SCALE * normed + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        return RESIDUAL_SCALE * normed + self.mlp(normed), weights
+
+
+class GLM2Block(GradientCheckpointingLayer):
+    """One layer of ChatGLM2-6B: the usual pre-norm residuals."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.residual_is_normed = config.apply_residual_connection_post_layernorm
+        self.fp32_residual = config.fp32_residual_connection
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.input_layernorm = make_norm(config)
+        self.self_attention = Attention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normed = self.input_layernorm(hidden_states)
+        attended, weights = self.self_attention(self._compute(normed), **kwargs)
+        hidden_states = (normed if self.residual_is_normed else hidden_states) + self.dropout(attended)
+        normed = self.post_attention_layernorm(hidden_states)
+        residual = normed if self.residual_is_normed else hidden_states
+        return residual + self.dropout(self.mlp(self._compute(normed))), weights
+
+    def _compute(self, normed: torch.Tensor) -> torch.Tensor:
+        # With float32 residuals only the stream between the layers is wide, not the products.
+        return normed.to(self.input_layernorm.weight.dtype) if self.fp32_residual else normed
+
+
+class PrefixEncoder(nn.Module):
+    """The trained keys and values of P-Tuning v2 (Liu 2021): [B, pre_seq_len] -> [B, pre_seq_len, 2 L G D]."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        size = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
+        self.prefix_projection = config.prefix_projection
+        if not self.prefix_projection:
+            self.embedding = nn.Embedding(config.pre_seq_len, size)
+            return
+        width = config.hidden_size if config.family == CHATGLM else size
+        self.embedding = nn.Embedding(config.pre_seq_len, width)
+        self.trans = nn.Sequential(
+            nn.Linear(width, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
+        )
+
+    def forward(self, prefix: torch.Tensor) -> torch.Tensor:
+        states = self.embedding(prefix)
+        return self.trans(states) if self.prefix_projection else states
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model class here: loading, initialising, dispatching."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock", "GLM2Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_(pos_)?emb\.inv_freq"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: ChatGLMConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()
+        super().__init__(config)
+        self._refuse_causal_only_attention(config._attn_implementation)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
+        self._refuse_causal_only_attention(attn_implementation)
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def _refuse_causal_only_attention(self, implementation: str | dict | None) -> None:
+        causal_only = isinstance(implementation, str) and implementation.startswith(("flash", "paged"))
+        if self.config.family == CHATGLM and causal_only:
+            raise ValueError(
+                f"attn_implementation {implementation!r} sees only the past, but ChatGLM-6B reads its prompt in both "
+                "directions and would answer wrongly; use 'sdpa', 'eager' or 'flex_attention', and no continuous batching."
+            )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, module.inverse_frequencies())
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, device: Any = None, **kwargs: Any
+    ) -> Any:
+        """Load as `PreTrainedModel.from_pretrained`, and accept what the published README lines pass.
+
+        `device` moves the loaded model there. `empty_init` and `resume_download` have no effect today.
+        """
+        for obsolete in ("empty_init", "resume_download"):
+            kwargs.pop(obsolete, None)
+        if "use_auth_token" in kwargs:
+            kwargs["token"] = kwargs.pop("use_auth_token")
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.pre_seq_len:
+            model.base_model.train_only_prefix()  # loading makes every parameter trainable
+        if device is not None:
+            model.to(device)
+        return loaded
+
+
+class Embedding(nn.Module):
+    """Token embedding of ChatGLM2-6B, one level down because the checkpoint has it there."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+
+
+class Encoder(nn.Module):
+    """Layers and final norm of ChatGLM2-6B, one level down because the checkpoint has them there."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(GLM2Block(config, i) for i in range(config.num_layers))
+        if config.post_layer_norm:
+            self.final_layernorm = make_norm(config)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Token ids -> hidden states [B, T, hidden], for both families.
+
+    With `config.pre_seq_len` every layer also sees the trained keys and values of a P-Tuning v2 prefix;
+    then nothing but the prefix encoder is trainable.
+    """
+
+    def __init__(self, config: ChatGLMConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config)
+        if config.family == CHATGLM:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
+            self.final_layernorm = make_norm(config)
+        else:
+            self.embedding = Embedding(config)
+            self.encoder = Encoder(config)
+            self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary_pos_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        if config.quantization_bit:
+            quantize(self, config.quantization_bit)
+        if config.pre_seq_len:
+            self.prefix_encoder = PrefixEncoder(config)
+            self.dropout = nn.Dropout(PREFIX_DROPOUT)
+            self.train_only_prefix()
+        self.post_init()
+
+    def train_only_prefix(self) -> None:
+        """Freeze everything but the prefix encoder."""
+        self.requires_grad_(False)
+        self.prefix_encoder.requires_grad_(True)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers, wherever the family keeps them."""
+        return self.layers if self.config.family == CHATGLM else self.encoder.layers
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings if self.config.family == CHATGLM else self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        holder = self if self.config.family == CHATGLM else self.embedding
+        holder.word_embeddings = value
+
+    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The norm after the last layer (ChatGLM2 variants may have none)."""
+        if self.config.family == CHATGLM:
+            return self.final_layernorm(hidden_states)
+        return self.encoder.final_layernorm(hidden_states) if self.config.post_layer_norm else hidden_states
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        full_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run all layers.
+
+        Args:
+            input_ids: [B, T]. Or `inputs_embeds` [B, T, hidden]; ChatGLM-6B then needs `position_ids` too.
+            position_ids: [B, T]; for ChatGLM-6B the published [B, 2, T] or `pack_positions` of it. Derived
+                from ids, mask and cache when not given.
+            attention_mask: [B, past + T], 1 = keep; or the published boolean [B, 1, T, past + T], True = masked.
+                The columns of a P-Tuning prefix are never part of it.
+            full_attention_mask: the same boolean mask under the name that the ChatGLM2 model has for it.
+
+        `hidden_states` holds the input of every layer and then, as published, the normed output (ChatGLM-6B)
+        or the output of the last layer before the norm (ChatGLM2-6B). Raises ValueError for ids outside the
+        vocabulary, masks of the wrong shape and prompts without their special tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds, not both and not neither.")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; pass the Cache object that the model returned."
+            )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None  # the second forward would write into it again
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        attention_mask = attention_mask if full_attention_mask is None else full_attention_mask
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        self._check_mask(attention_mask, inputs_embeds, past_key_values)
+        position_ids = self._positions(
+            position_ids, input_ids, inputs_embeds, attention_mask, past_key_values
+        )
+        prefix = self._prefix(inputs_embeds, past_key_values)
+        mask = self._attention_mask(
+            attention_mask, input_ids, inputs_embeds, position_ids, past_key_values,
+            must_be_drawn=bool(prefix or output_attentions),
+        )  # fmt: skip
+        rotary = self.rotary_pos_emb(position_ids, inputs_embeds.dtype)
+
+        hidden_states = inputs_embeds
+        if self.config.family == CHATGLM2 and self.config.fp32_residual_connection:
+            hidden_states = hidden_states.float()
+        all_hidden_states, all_attentions = [hidden_states], []
+        for i, block in enumerate(self.blocks):
+            hidden_states, weights = block(
+                hidden_states,
+                rotary=rotary,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                prefix=prefix[i] if prefix else None,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(weights)
+        hidden_states = self.final_norm(hidden_states)
+        if self.config.family == CHATGLM:
+            all_hidden_states[-1] = hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        # Only for prompts: in the decode loop the ids are our own, and looking would wait for the device.
+        if torch.compiler.is_compiling() or input_ids.shape[-1] <= 1 or input_ids.is_meta:
+            return
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids hold {low if low < 0 else high}, outside the vocabulary of {self.config.vocab_size} rows; "
+                "use the tokenizer that belongs to this checkpoint."
+            )
+
+    def _check_mask(
+        self, mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_key_values: Cache | None
+    ) -> None:
+        if mask is None or not isinstance(mask, torch.Tensor) or torch.compiler.is_compiling():
+            return
+        batch, length = inputs_embeds.shape[:2]
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        expected = {2: (batch, past + length), 4: (batch, 1, length, past + length)}
+        drawn = mask.dim() == 4 and mask.dtype != torch.bool  # by the library, e.g. for a static cache
+        if drawn or tuple(mask.shape) == expected.get(mask.dim()):
+            return
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; for {batch} rows of {length} tokens after {past} cached ones "
+            f"it must be {expected[2]}, or boolean {expected[4]}."
+        )
+
+    def _positions(
+        self,
+        position_ids: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """Positions [B or 1, T], packed for ChatGLM-6B."""
+        batch, length = inputs_embeds.shape[:2]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if self.config.family == CHATGLM2:
+            if position_ids is not None:
+                return position_ids
+            if attention_mask is not None and attention_mask.dim() == 2:
+                return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            return torch.arange(length, device=inputs_embeds.device)[None] + past
+        if position_ids is None:
+            position_ids = self._glm_positions(input_ids, length, attention_mask, past_key_values)
+        elif position_ids.dim() == 3:
+            position_ids = pack_positions(position_ids)
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            # What comes next on this cache, for callers who pass no positions.
+            past_key_values.glm_next_position = (past + length, position_ids[:, -1:] + 1)
+        return position_ids
+
+    def _glm_positions(
+        self,
+        input_ids: torch.Tensor | None,
+        length: int,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        known_past, start = getattr(past_key_values, "glm_next_position", (None, None))
+        if past and known_past == past:
+            return start + torch.arange(length, device=start.device)
+        if input_ids is None:
+            raise ValueError(
+                "ChatGLM-6B finds its positions in the token ids: with inputs_embeds pass position_ids too, as "
+                "[batch, 2, length] or packed by pack_positions."
+            )
+        if not torch.compiler.is_compiling():
+            check_prompt(input_ids, self.config)
+        keep = attention_mask
+        if keep is not None and keep.dim() == 4:
+            keep = ~keep[:, 0, -1]  # the last row sees all that is not padding
+        return glm_positions(input_ids, keep if keep is None else keep[:, -length:], self.config)
+
+    def _attention_mask(
+        self,
+        attention_mask: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+        must_be_drawn: bool,
+    ) -> torch.Tensor | None:
+        """The mask that the attention function takes; a P-Tuning prefix is visible to every token."""
+        if attention_mask is not None and attention_mask.dim() == 4:
+            mask = attention_mask
+            if mask.dtype == torch.bool:
+                mask = ~mask  # published: True = masked; attention functions: True = may see
+                if self.config._attn_implementation == "eager":
+                    mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(
+                        inputs_embeds.dtype
+                    )
+        else:
+            blocks = None
+            if self.config.family == CHATGLM and inputs_embeds.shape[1] > 1:
+                blocks = self._context_blocks(input_ids, position_ids, past_key_values)
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids if self.config.family == CHATGLM2 else None,
+                block_sequence_ids=blocks,
+                allow_is_causal_skip=not must_be_drawn,
+            )
+        if not self.config.pre_seq_len or mask is None:
+            return mask
+        if not isinstance(mask, torch.Tensor):
+            raise ValueError(
+                "A P-Tuning prefix works with attn_implementation 'sdpa' or 'eager', not 'flex_attention'."
+            )
+        return F.pad(
+            mask,
+            (self.config.pre_seq_len, 0),
+            value=1 if mask.dtype in (torch.bool, torch.long) else 0,
+        )
+
+    def _context_blocks(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """0 for tokens that see each other in both directions, -1 for the others: [B, past + T].
+
+        The context is what stands before <sop>, also on a cache that is already filled (PEFT prefix tuning).
+        """
+        if input_ids is not None:
+            context = is_context(input_ids, self.config)
+        else:
+            context = unpack_positions(position_ids)[1] == 0
+        blocks = torch.where(context, 0, -1)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(past, int) and past:
+            blocks = F.pad(blocks, (past, 0), value=-1)
+        return blocks
+
+    def _prefix(
+        self, inputs_embeds: torch.Tensor, past_key_values: Cache | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Keys and values [B or 1, G, pre_seq_len, D] of every layer, encoded once per cache."""
+        if not self.config.pre_seq_len:
+            return None
+        known = getattr(past_key_values, "glm_prefix", None)
+        if known is not None:
+            return known
+        config, rows = self.config, len(inputs_embeds) if self.training else 1
+        prefix_ids = torch.arange(config.pre_seq_len, device=inputs_embeds.device).expand(rows, -1)
+        states = self.prefix_encoder(prefix_ids).to(inputs_embeds.dtype)
+        states = states.view(rows, config.pre_seq_len, -1, config.num_key_value_heads, config.head_dim)
+        states = self.dropout(states).permute(2, 0, 3, 1, 4)  # [2 L, B, G, pre_seq_len, D]
+        prefix = list(zip(states[0::2], states[1::2]))
+        if past_key_values is not None and not self.training:
+            past_key_values.glm_prefix = prefix
+        return prefix
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """The language model: next-token logits, generation and chat."""
+
+    def __init__(self, config: ChatGLMConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        if config.family == CHATGLM:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self._tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+            if config.quantization_embeddings:
+                self._quantize_embeddings(config.quantization_bit)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head if self.config.family == CHATGLM else self.transformer.output_layer
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        if self.config.family == CHATGLM:
+            self.lm_head = value
+        else:
+            self.transformer.output_layer = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_last_logit: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size]; the arguments of `ChatGLMModel.forward`, and
+
+        labels: [B, T], shifted inside, -100 is not counted; the loss is the mean over the others, in float32.
+        logits_to_keep: number of last positions (or their indices) to compute logits for, 0 = all.
+        return_last_logit: the published name for `logits_to_keep=1`.
+        """
+        loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        outputs = self.transformer(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        keep = 1 if return_last_logit else logits_to_keep
+        kept = (
+            slice(-keep, None)
+            if isinstance(keep, int) and keep
+            else keep
+            if torch.is_tensor(keep)
+            else slice(None)
+        )
+        logits = self.get_output_embeddings()(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def quantize(self, bits: int, quantize_embeddings: bool = False, device: Any = None, **kwargs: Any):
+        """Pack the linear weights to 8 or 4 bits in place and return the model; 0 changes nothing.
+
+        A model that is packed already stays as it is. With `quantize_embeddings` (ChatGLM-6B) the embedding
+        and the head, which are one tensor, are packed too.
+        """
+        if bits and not self.config.quantization_bit:
+            quantize(self.transformer, bits)
+            self.config.quantization_bit = bits
+            if quantize_embeddings:
+                self._quantize_embeddings(bits)
+        return self if device is None else self.to(device)
+
+    def _quantize_embeddings(self, bits: int) -> None:
+        if self.config.family != CHATGLM:
+            raise ValueError(
+                "quantize_embeddings is for ChatGLM-6B, whose head is its embedding; leave it out here."
+            )
+        embedding = QuantizedEmbedding.from_embedding(self.transformer.word_embeddings, bits)
+        head = QuantizedLinear(self.config.hidden_size, self.config.vocab_size, bits, device="meta")
+        head.weight, head.weight_scale = embedding.weight, embedding.weight_scale
+        self.transformer.word_embeddings, self.lm_head = embedding, head
+        self.config.quantization_embeddings = True
+        self._tied_weights_keys = {
+            f"lm_head.{name}": f"transformer.word_embeddings.{name}" for name in ("weight", "weight_scale")
+        }
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        """`GenerationMixin.generate`; for ChatGLM-6B the masks and positions of its tokenizer are taken too."""
+        if self.config.family == CHATGLM:
+            self._refuse_chunked_prefill(generation_config, kwargs)
+            ids = inputs if inputs is not None else kwargs.get("input_ids")
+            mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            if mask is not None and mask.dim() == 4:
+                kwargs["attention_mask"] = two_dimensional_mask(mask, ids, self.config)
+            if positions is not None and positions.dim() == 3:
+                kwargs["position_ids"] = pack_positions(positions)
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _refuse_chunked_prefill(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        config = generation_config or self.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+            raise ValueError(
+                "prefill_chunk_size cuts the prompt into pieces, but ChatGLM-6B reads its prompt in both directions "
+                "and would answer wrongly; leave it out."
+            )
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList([FiniteScores(), *processors])
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        if self.config.family == CHATGLM2:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        input_ids = inputs_tensor if not inputs_tensor.is_floating_point() else model_kwargs.get("input_ids")
+        if input_ids is None or input_ids.shape[1] == 0:
+            return None
+        check_prompt(input_ids, self.config)
+        return glm_positions(input_ids, model_kwargs.get("attention_mask"), self.config)
+
+    def create_masks_for_generate(
+        self,
+        config: ChatGLMConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """The mask that static caches are given ahead of `forward`; prompts draw theirs from the ids, inside."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        mask = create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+            # A boolean one would be taken for the published kind, whose True means the opposite.
+            mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype)
+        return mask
+
+    def process_response(self, response: str) -> str:
+        """The published clean-up of an answer: stripped, and for ChatGLM-6B with Chinese punctuation."""
+        return process_response(self.config.family, response)
+
+    def build_inputs(self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None):
+        """The model inputs of one chat turn, [1, T], on the device of the model."""
+        return self._batch(tokenizer, [tokenizer.encode_chat(query, history)])
+
+    def build_stream_inputs(self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None):
+        """What a further turn adds to the cache of the turns before, [1, T] (ChatGLM2-6B)."""
+        return self._batch(tokenizer, [tokenizer.encode_chat_continuation(query, history)])
+
+    def _batch(self, tokenizer: Any, rows: list[list[int]]):
+        batch = tokenizer.pad({"input_ids": rows}, padding=True, padding_side="left", return_tensors="pt")
+        return batch.to(self.device)
+
+    def chat(
+        self,
+        tokenizer: Any,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int | None = None,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer `query` after the rounds of `history`; return the answer and the longer history.
+
+        `max_length` counts prompt and answer in tokens. Other keyword arguments go to `generate`. None means
+        the default of the family (CHAT_DEFAULTS). Raises ValueError when the prompt leaves no room.
+        """
+        sampling = dict(num_beams=num_beams, do_sample=do_sample, top_p=top_p, temperature=temperature)
+        answers = self.batch_chat(
+            tokenizer, [query], [history], max_length=max_length, logits_processor=logits_processor,
+            **sampling, **kwargs,
+        )  # fmt: skip
+        return answers[0]
+
+    def batch_chat(
+        self,
+        tokenizer: Any,
+        queries: list[str],
+        histories: list[list[tuple[str, str]] | None] | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[str, list[tuple[str, str]]]]:
+        """`chat` for several conversations at once; its keyword arguments hold for all of them."""
+        histories = [None] * len(queries) if histories is None else histories
+        if len(histories) != len(queries) or isinstance(queries, str):
+            raise ValueError(
+                f"{len(queries)} queries and {len(histories)} histories; pass a list of queries and one history for each."
+            )
+        for query in queries:
+            check_query(query)
+        rows = [tokenizer.encode_chat(query, history) for query, history in zip(queries, histories)]
+        inputs = self._batch(tokenizer, rows)
+        arguments = self._generation_arguments(tokenizer, inputs["input_ids"].shape[1], **kwargs)
+        outputs = self.generate(**inputs, **arguments)
+        answers = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+        eos = as_list(arguments.get("eos_token_id", self.generation_config.eos_token_id))
+        result = []
+        for query, history, ids in zip(queries, histories, answers):
+            end = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))  # then only padding
+            response = self.process_response(tokenizer.decode(ids[:end]))
+            result.append((response, [*(history or []), (query, response)]))
+        return result
+
+    def stream_chat(
+        self,
+        tokenizer: Any,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        past_key_values: Cache | None = None,
+        max_length: int | None = None,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple]:
+        """As `chat`, yielding (answer so far, history) with every token that completes a character.
+
+        ChatGLM2-6B only: with `return_past_key_values` the cache comes along as a third value; given back as
+        `past_key_values` together with the history, the next turn computes only its own tokens.
+        """
+        check_query(query)
+        history = list(history or [])
+        reuse = past_key_values is not None or return_past_key_values
+        if reuse and self.config.family == CHATGLM:
+            raise ValueError(
+                "ChatGLM-6B reads a whole conversation in both directions, so a further turn changes the keys and "
+                "values of the turns before; leave out past_key_values and return_past_key_values."
+            )
+        build = self.build_stream_inputs if reuse else self.build_inputs
+        input_ids = build(tokenizer, query, history)["input_ids"]
+        arguments = self._generation_arguments(
+            tokenizer, input_ids.shape[1], max_length=max_length, do_sample=do_sample, top_p=top_p,
+            temperature=temperature, logits_processor=logits_processor, **kwargs,
+        )  # fmt: skip
+        decoder, response, shown = tokenizer.stream_decoder(), "", None
+        steps = self.stream_generate(
+            input_ids, past_key_values=past_key_values, return_past_key_values=True, **arguments
+        )
+        for sequences, cache in steps:
+            decoder.put(int(sequences[0, -1]))
+            if decoder.pending or not decoder.text:
+                continue
+            response = shown = self.process_response(decoder.text)
+            turn = (response, [*history, (query, response)])
+            yield (*turn, cache) if return_past_key_values else turn
+        decoder.flush()
+        response = self.process_response(decoder.text)
+        if response != shown:  # an answer that is empty or ends inside a character
+            turn = (response, [*history, (query, response)])
+            yield (*turn, cache) if return_past_key_values else turn
+
+    def stream_generate(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: Any = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+        return_past_key_values: bool = False,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Iterator:
+        """Yield the sequences so far [B, T] after every token (and the cache, if asked for).
+
+        On a filled `past_key_values`, `input_ids` are only the tokens that follow. The cache never holds the
+        token that was sampled last, as in the published code.
+        """
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length()
+            new = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+            kwargs.update(past_key_values=past_key_values, position_ids=new.expand_as(input_ids))
+        steps = self.generate(
+            input_ids,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            custom_generate=decode_steps,
+            **kwargs,
+        )
+        for sequences, cache in steps:
+            yield (sequences, cache) if return_past_key_values else sequences
+
+    def _generation_arguments(
+        self,
+        tokenizer: Any,
+        prompt_length: int,
+        max_length: int | None = None,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `chat` and `stream_chat` hand to `generate`; ValueError if the prompt leaves no room."""
+        defaults = CHAT_DEFAULTS[self.config.family]
+        if "max_new_tokens" not in kwargs:
+            kwargs["max_length"] = defaults["max_length"] if max_length is None else max_length
+            if prompt_length >= kwargs["max_length"]:
+                raise ValueError(
+                    f"The prompt has {prompt_length} tokens and max_length is {kwargs['max_length']}, which leaves no "
+                    "room for an answer; raise max_length or pass a shorter history."
+                )
+        temperature = defaults["temperature"] if temperature is None else temperature
+        kwargs["do_sample"] = do_sample and temperature > 0  # temperature 0 means the likeliest token
+        if kwargs["do_sample"]:
+            kwargs.update(temperature=temperature, top_p=defaults["top_p"] if top_p is None else top_p)
+        processors = [KnownTokens(len(tokenizer))] if len(tokenizer) < self.config.vocab_size else []
+        kwargs["logits_processor"] = LogitsProcessorList([*processors, *(logits_processor or [])])
+        return kwargs
+
+
+CHAT_DEFAULTS = {
+    CHATGLM: {"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
+    CHATGLM2: {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+}
+
+
+def check_query(query: Any) -> None:
+    """Raise ValueError unless `query` is a text with something in it."""
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"The query is {query!r}; pass a text that is not empty.")
+
+
+def as_list(value: Any) -> list:
+    """None -> [], 2 -> [2], [2, 3] -> [2, 3]."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def two_dimensional_mask(mask: torch.Tensor, input_ids: torch.Tensor, config: ChatGLMConfig) -> torch.Tensor:
+    """The published boolean mask [B, 1, T, T] (True = masked) as the [B, T] one (1 = keep) that says the same.
+
+    Raises ValueError for a mask that hides more than padding and the future.
+    """
+    keep = ~mask[:, 0, -1]  # the last row sees all that is not padding
+    causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    visible = (causal | is_context(input_ids, config)[:, None]) & keep[:, None]
+    if not torch.equal(visible[keep], ~mask[:, 0][keep]):
+        raise ValueError(
+            "generate takes the attention_mask that the tokenizer makes; this 4-D one hides other positions than padding "
+            "and the future. Pass a 2-D mask (1 = keep), or call the model step by step."
+        )
+    return keep.long()
+
+
+class FiniteScores(LogitsProcessor):
+    """Stops a generation whose scores are no longer numbers, instead of sampling from them."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        broken = torch.isnan(scores) | torch.isposinf(scores)
+        if broken.any():
+            row = int(broken.any(-1).nonzero()[0])
+            raise ValueError(
+                f"The scores of new token {self.step} in row {row} are NaN or infinite: the weights are damaged, or "
+                "float16 overflowed; check the files, or load the model in bfloat16 or float32."
+            )
+        return scores
+
+
+class KnownTokens(LogitsProcessor):
+    """Rules out the rows of the vocabulary that only fill it up and have no text."""
+
+    def __init__(self, number_of_tokens: int) -> None:
+        self.number_of_tokens = number_of_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        unknown = torch.arange(scores.shape[-1], device=scores.device) >= self.number_of_tokens
+        return scores.masked_fill(unknown, -torch.inf)
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """For old callers: a row with NaN or infinite scores gets one certain token, the published choice.
+
+    Our own `chat` does not use it (see FiniteScores): it hides damaged weights.
+    """
+
+    FALLBACK_TOKEN_ID = 5
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        broken = ~torch.isfinite(scores).all(dim=-1, keepdim=True)
+        fallback = torch.zeros_like(scores)
+        fallback[:, self.FALLBACK_TOKEN_ID] = 5e4
+        return torch.where(broken, fallback, scores)
+
+
+def decode_steps(
+    model: ChatGLMForConditionalGeneration,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: Any,
+    generation_config: Any,
+    past_key_values: Cache | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Iterator[tuple[torch.Tensor, Cache]]:
+    """The decoding loop behind streams, one yield a token; closing it frees the cache at once.
+
+    `generate` calls it with everything prepared (its `custom_generate` hook).
+    """
+    sequences, step_ids = input_ids, input_ids
+    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    while not finished.all():
+        with torch.no_grad():
+            outputs = model(
+                input_ids=step_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            scores = logits_processor(sequences, outputs.logits[:, -1].float())
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1)
+            else:
+                tokens = scores.argmax(dim=-1)
+        if generation_config._pad_token_tensor is not None:
+            tokens = torch.where(finished, generation_config._pad_token_tensor, tokens)
+        step_ids = tokens[:, None]
+        sequences = torch.cat((sequences, step_ids), dim=-1)
+        finished = finished | stopping_criteria(sequences, None)
+        past_key_values = outputs.past_key_values
+        if position_ids is not None:
+            position_ids = position_ids[:, -1:] + 1
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        yield sequences, past_key_values
+
+
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+    """A linear head over the last token of a text: logits [B, num_labels].
+
+    The last token is the last that `attention_mask` keeps, so padding may stand on either side.
+    """
+
+    def __init__(self, config: ChatGLMConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ChatGLMModel(config)
+        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """The arguments of `ChatGLMModel.forward`, and `labels` [B] (or [B, num_labels] for several)."""
+        outputs = self.transformer(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last = torch.full((len(hidden_states),), hidden_states.shape[1] - 1, device=hidden_states.device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            kept = attention_mask[:, -hidden_states.shape[1] :]
+            last = (kept * torch.arange(kept.shape[1], device=kept.device)).argmax(-1)
+        pooled = hidden_states[torch.arange(len(last), device=last.device), last]
+        pooled = pooled if self.dropout is None else self.dropout(pooled)
+        logits = self.classifier_head(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
