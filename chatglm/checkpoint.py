@@ -207,6 +207,11 @@ def _weight_paths(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{found} names no files of weights (weight_map); download it again.")
     names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(
+            f"{found} names {outside[0]}, which is no file of its own folder; download it again."
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise OSError(
@@ -243,9 +248,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} has a damaged header; download it again.") from None
     expected = start + max(ends, default=0)
     if size != expected:
-        raise OSError(
-            f"{path} has {size:,} bytes where its header says {expected:,}; download it again."
-        )
+        raise OSError(f"{path} has {size:,} bytes where its header says {expected:,}; download it again.")
     return tensors
 
 

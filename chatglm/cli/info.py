@@ -24,9 +24,7 @@ CACHE_TOKENS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", default="demo", help="a folder, a Hub name, demo or demo-v1"
-    )
+    parser.add_argument("model", nargs="?", default="demo", help="a folder, a Hub name, demo or demo-v1")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 

@@ -1,0 +1,193 @@
+"""`chatglm chat [MODEL]`: a conversation in the terminal, printed as it is generated."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from chatglm.checkpoint import sizes_of
+from chatglm.streaming import History, new_text
+
+if TYPE_CHECKING:
+    from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
+    from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+
+HELP = "clear forgets what was said, stop or Ctrl-D leaves, Ctrl-C stops an answer."
+CLEAR_SCREEN = "\033[H\033[2J\033[3J"  # cursor to the top, screen and what scrolled off it
+UNPRINTABLE = dict.fromkeys(set(range(32)) - {9, 10})  # a model must not steer the terminal
+ROOM = 256  # tokens an answer should have at least, or a quarter of a shorter context
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", default="demo", help="a folder, a Hub name, demo or demo-v1")
+    add("--revision", help="branch, tag or commit of a Hub name")
+    add("--device", help="cpu, cuda, cuda:1 or mps; unless given, the fastest there is")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="unless given, by device")
+    add("--quantize", type=int, choices=[4, 8], help="pack the weights into so many bits")
+    add("--max-length", type=whole_number, help="tokens of prompt and answer together")
+    add("--temperature", type=temperature, help="0 takes the likeliest token each time")
+    add("--top-p", type=share, help="choose among the likeliest tokens with this share")
+    add("--seed", type=int, help="the same seed gives the same answers")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    try:
+        _run(arguments)
+    except torch.OutOfMemoryError:
+        raise MemoryError(
+            "The memory of the device is used up; try --quantize 4, a smaller --max-length or "
+            "--device cpu, and see what chatglm info tells."
+        ) from None
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from transformers import set_seed
+
+    from chatglm.loading import load
+
+    names = ("device", "dtype", "quantize", "revision")
+    model, tokenizer = load(arguments.model, **{name: getattr(arguments, name) for name in names})
+    if arguments.seed is not None:
+        set_seed(arguments.seed)
+    chat = Chat(
+        model,
+        tokenizer,
+        max_length=arguments.max_length,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+    )
+    if sys.stdin.isatty():
+        print(f"{_about(arguments.model, model)}\n{HELP}")
+        converse(chat, typed_messages(), prefix="ChatGLM: ", keep_going=True)
+    else:
+        converse(chat, (line.rstrip("\n") for line in sys.stdin))
+
+
+class Chat:
+    """A conversation: what was said, and the settings with which it goes on."""
+
+    def __init__(
+        self,
+        model: ChatGLMForConditionalGeneration,
+        tokenizer: ChatGLMTokenizer,
+        max_length: int | None = None,
+        **sampling: float | None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length or _default_max_length(model)
+        self.sampling = sampling
+        self.history: History = []
+
+    def answer(self, query: str) -> Iterator[str]:
+        """Yields the answer in pieces; `history` holds at every moment what was said so far."""
+        stream = self.model.stream_chat(
+            self.tokenizer, query, self.history, max_length=self.max_length, **self.sampling
+        )
+        for text, history in new_text(stream, self.model.config.family):
+            self.history = history
+            yield text
+
+    def make_room(self, query: str) -> int:
+        """Forgets the oldest rounds until an answer to `query` has room; returns how many."""
+        room = min(ROOM, self.max_length // 4)
+        forgotten = 0
+        while self.history and self._prompt_length(query) + room > self.max_length:
+            self.history = self.history[1:]
+            forgotten += 1
+        return forgotten
+
+    def _prompt_length(self, query: str) -> int:
+        return len(self.tokenizer.encode_chat(query, self.history))
+
+
+def converse(chat: Chat, messages: Iterable[str], prefix: str = "", keep_going: bool = False) -> None:
+    """Answers one message after another until `stop` or the last one; `clear` starts afresh.
+
+    With `keep_going` a message that cannot be answered is told and the next one is taken.
+    """
+    for message in messages:
+        command = message.strip()
+        if command == "stop":
+            return
+        if command == "clear":
+            chat.history = []
+            print(CLEAR_SCREEN, end="", flush=True)
+        elif command:
+            try:
+                reply(chat, message, prefix)
+            except ValueError as error:
+                if not keep_going:
+                    raise
+                print(error)
+
+
+def reply(chat: Chat, message: str, prefix: str = "") -> None:
+    """Prints one answer as it comes; Ctrl-C ends it, and what was printed counts as said."""
+    forgotten = chat.make_room(message)
+    if forgotten:
+        print(f"(No room for more: forgot the oldest {forgotten} of what was said.)")
+    print(prefix, end="", flush=True)
+    try:
+        for text in chat.answer(message):
+            print(text.translate(UNPRINTABLE), end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        print()
+
+
+def typed_messages() -> Iterator[str]:
+    """Asks for one message after another until Ctrl-D; Ctrl-C drops the line.
+
+    Pasted text stays one message however many lines it has; Alt-Enter types a line break.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession(key_bindings=keys)
+    while True:
+        try:
+            yield session.prompt("\nYou: ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+
+
+def _about(name: str, model: ChatGLMForConditionalGeneration) -> str:
+    parameters = sizes_of(model.config.to_dict()).parameters
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{name}: {parameters:,} parameters, {dtype} on {model.device}"
+
+
+def _default_max_length(model: ChatGLMForConditionalGeneration) -> int:
+    from chatglm.hub.modeling_chatglm import CHAT_DEFAULTS
+
+    published = CHAT_DEFAULTS[model.config.family]["max_length"]
+    return min(published, model.config.max_position_embeddings)
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def temperature(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return float(text)
+
+
+def share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return float(text)
