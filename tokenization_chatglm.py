@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, PreTrainedTokenizer
@@ -26,22 +26,21 @@ CHATGLM2 = "chatglm2"
 VOCAB_FILES = {CHATGLM: "ice_text.model", CHATGLM2: "tokenizer.model"}
 IMAGE_TOKENS = 20000  # ids in front of the text pieces of v0.1; the text model never uses them
 BLANK = "▁"  # how SentencePiece writes a space
-LONGEST_BLANK = 80  # spaces that one piece of ice_text.model can stand for
+# Pieces of ice_text.model that stand for white space.
+WHITE_SPACE = {"<n>": "\n", "<|tab|>": "\t"} | {f"<|blank_{n}|>": " " * n for n in range(2, 81)}
 REPLACEMENT = "\ufffd"
 
-# The names that the published code gives to its special ids.
-CHATGLM_TOKENS = {  # pieces of ice_text.model; the first five are also recognised inside a text
-    "bos_token": "<sop>",  # start of the answer, and of the part that is seen from the left only
-    "eos_token": "<eop>",  # end of the answer; v0.1 and Slim say "</s>" here but answer with <eop>
+# Special tokens that the library knows of. In the first family they are recognised inside a text.
+CHATGLM_TOKENS = {
+    "bos_token": "<sop>",  # start of the answer; what stands before is read in both directions
+    "eos_token": "<eop>",  # end of the answer; v0.1 and Slim say "</s>" here, but answer with <eop>
     "pad_token": "<pad>",
     "unk_token": "<unk>",
-    "mask_token": "[MASK]",  # a blank to fill, inside the text
-    "gmask_token": "[gMASK]",  # a blank to fill, at the end: every chat prompt ends with it
-    "end_token": "</s>",
-    "eop_token": "<eop>",
+    "mask_token": "[MASK]",  # a blank to fill inside the text
 }
 CHATGLM2_TOKENS = {"eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
 CHATGLM2_APPENDED = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]  # follow the pieces of the file
+CALL_OPTIONS = ("padding", "truncation", "max_length", "return_tensors")  # for the tokenizer call
 CHATGLM2_COMMANDS = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": "<unk>"}
 
 # Rendered with `tokenize=False`; with `tokenize=True` the ids come from `encode_chat`, see
@@ -105,14 +104,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     Raises ValueError when the file is missing, damaged or does not fit the config.json.
     """
 
-    vocab_files_names = {
+    vocab_files_names: ClassVar = {
         "vocab_file": VOCAB_FILES[CHATGLM],
         "spm_file": VOCAB_FILES[CHATGLM2],
         "config_file": "config.json",
     }
-    model_input_names = ["input_ids", "attention_mask"]
+    model_input_names: ClassVar = ["input_ids", "attention_mask"]
     padding_side = "left"
     _auto_class = "AutoTokenizer"  # save_pretrained copies this file too
+
+    gmask_token = "[gMASK]"  # a blank to fill at the end: every prompt of a chat has it
+    end_token = "</s>"  # ends the answers of ChatGLM2
+    eop_token = "<eop>"  # ends the answers of ChatGLM-6B, also where eos_token is "</s>"
 
     def __init__(
         self,
@@ -129,133 +132,78 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.do_lower_case = do_lower_case
         self.remove_space = remove_space
         config = _read_config(Path(config_file) if config_file else path.with_name("config.json"))
-        self.num_image_tokens = self._offset_from(num_image_tokens, config)
+        self.num_image_tokens = (
+            count_image_tokens(self.sp_model, num_image_tokens, config) if self.family == CHATGLM else 0
+        )
         self._build_tables()
-        _check_rows(path, self.vocab_size, self.num_image_tokens, config)
-        # Folders saved again by older transformers carry its old default here, which damages code.
-        kwargs.pop("clean_up_tokenization_spaces", None)
-        extra = self._name_special_tokens(kwargs)
+        _check_rows(path, self.vocab_size, config)
+        kwargs = self._with_special_tokens(kwargs)
         kwargs.setdefault("chat_template", CHAT_TEMPLATES[self.family])
+        # Folders that older transformers saved again carry its old default here, which damages code.
+        kwargs.pop("clean_up_tokenization_spaces", None)
         if self.family == CHATGLM2:
             kwargs.setdefault("model_input_names", [*self.model_input_names, "position_ids"])
         super().__init__(**kwargs)
-        self.init_kwargs.update(extra)
+        saved = ["do_lower_case", "remove_space"]
+        if self.family == CHATGLM:
+            saved += ["num_image_tokens", "eop_token" if self._before_v1_1 else "end_token"]
+        self.init_kwargs.update({name: getattr(self, name) for name in saved})
 
     # ---- vocabulary
 
-    def _offset_from(self, num_image_tokens: int | None, config: Mapping[str, Any]) -> int:
-        """Return the id of the first text piece: what was asked for, else what config.json shows."""
-        if self.family == CHATGLM2:
-            return 0
-        if num_image_tokens is not None:
-            if not isinstance(num_image_tokens, int) or num_image_tokens < 0:
-                raise ValueError(
-                    f"num_image_tokens is {num_image_tokens!r}; it must be 20000 for ChatGLM-6B v0.1 and "
-                    "0 for every other checkpoint."
-                )
-            return num_image_tokens
-        pieces, rows, bos = (
-            self.sp_model.get_piece_size(),
-            config.get("vocab_size"),
-            config.get("bos_token_id"),
-        )
-        offsets = set()
-        if bos is not None:
-            offsets.add(bos - self.sp_model.piece_to_id(CHATGLM_TOKENS["bos_token"]))
-        if rows is not None:
-            offsets.add(IMAGE_TOKENS if rows >= pieces + IMAGE_TOKENS else 0)
-        if len(offsets) > 1 or not offsets <= {0, IMAGE_TOKENS}:
-            raise ValueError(
-                f"The tokenizer file has {pieces} pieces, but config.json says vocab_size {rows} and "
-                f"bos_token_id {bos}: this fits neither ChatGLM-6B v0.1 ({IMAGE_TOKENS} image ids in "
-                "front) nor the others (none); take both files from one checkpoint, or pass "
-                "num_image_tokens."
-            )
-        return offsets.pop() if offsets else 0
-
     def _build_tables(self) -> None:
         """Fill the tables id -> token, token -> id, and id -> what it looks like in a text."""
-        size = self.sp_model.get_piece_size()
-        tokens = [f"<image_{i}>" for i in range(self.num_image_tokens)]
-        surfaces: list[str | bytes] = [""] * self.num_image_tokens  # they have no text
-        for index, piece in enumerate(self.sp_model.id_to_piece(list(range(size)))):
-            tokens.append(piece)
-            surfaces.append(self._surface(index, piece))
-        if self.family == CHATGLM2:
-            clash = [name for name in CHATGLM2_APPENDED if name in tokens]
-            if clash:
-                raise ValueError(
-                    f"The tokenizer file has an ordinary piece {clash[0]!r}, which is the name of a special "
-                    "token of ChatGLM2; train the vocabulary without this piece."
-                )
-            tokens += CHATGLM2_APPENDED
-            surfaces += [""] * len(CHATGLM2_APPENDED)
-        self._id_to_token = tokens
-        self._surfaces = surfaces
-        self._token_to_id = {token: index for index, token in enumerate(tokens)}
-        self._control_tokens = {
-            token for index, token in enumerate(tokens) if self._is_control(index - self.num_image_tokens)
-        }
-        blank = self.sp_model.piece_to_id(BLANK)
-        # Whether a text loses one or all of the blanks in front, as the file says.
-        self._drops_first_blank = self.sp_model.decode([blank]) == ""
-        self._drops_all_blanks = self.sp_model.decode([blank, blank]) == ""
-
-    def _is_control(self, index: int) -> bool:
-        if index >= self.sp_model.get_piece_size():
-            return True
-        return index >= 0 and (self.sp_model.is_control(index) or index == self.sp_model.unk_id())
-
-    def _surface(self, index: int, piece: str) -> str | bytes:
-        """Return the text of piece number `index`; one byte of a character for the byte pieces."""
-        if self.sp_model.is_byte(index):
-            return bytes([int(piece[1:-1], 16)])
-        if self._is_control(index):
-            shown = self.family == CHATGLM and not self.sp_model.is_control(index)
-            return self.sp_model.decode([index]) if shown else ""  # <unk> is " ⁇ " in v1
+        model = self.sp_model
+        ids = list(range(model.get_piece_size()))
+        pieces = model.id_to_piece(ids)
+        controls = [piece for piece, hidden in zip(pieces, model.is_control(ids), strict=True) if hidden]
+        surfaces = {piece: piece.replace(BLANK, " ") for piece in pieces}
+        for piece, is_byte in zip(pieces, model.is_byte(ids), strict=True):
+            if is_byte:
+                surfaces[piece] = bytes([int(piece[1:-1], 16)])
+        unknown = pieces[model.unk_id()]
+        surfaces[unknown] = model.decode([model.unk_id()]) if self.family == CHATGLM else ""  # " ⁇ "
+        self._white_space = {}
         if self.family == CHATGLM:
-            blanks = re.fullmatch(r"<\|blank_(\d+)\|>", piece)
-            if blanks:
-                return " " * int(blanks[1])
-            piece = {"<n>": "\n", "<|tab|>": "\t"}.get(piece, piece)
-        return piece.replace(BLANK, " ")
+            self._white_space = {piece: text for piece, text in WHITE_SPACE.items() if piece in surfaces}
+            surfaces.update(self._white_space)
+        else:
+            _check_clash(surfaces)
+            controls += CHATGLM2_APPENDED
+        surfaces.update(dict.fromkeys(controls, ""))
+        images = [f"<image_{i}>" for i in range(self.num_image_tokens)]  # they have no text
+        self._surfaces = [""] * len(images) + list(surfaces.values())
+        self._id_to_token = [*images, *surfaces]
+        self._token_to_id = {token: index for index, token in enumerate(self._id_to_token)}
+        self._control_tokens = {*controls, unknown}
+        blank = model.piece_to_id(BLANK)
+        # Whether a text loses one or all of the blanks in front, as the model file says.
+        self._drops_first_blank = model.decode([blank]) == ""
+        self._drops_all_blanks = model.decode([blank, blank]) == ""
 
-    def _name_special_tokens(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Put the family's special tokens into `kwargs`; return the settings the library must only save.
+    def _with_special_tokens(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return `kwargs` with the special tokens that the family registers with the library.
 
         transformers 5 would recognise every `*_token` it is given inside texts. The published rule is
         narrower: five names in the first family, none in the second.
         """
-        given = kwargs.pop("model_specific_special_tokens", {})
+        kwargs = {**kwargs.pop("model_specific_special_tokens", {}), **kwargs}
+        self._before_v1_1 = "eop_token" in kwargs or str(kwargs.get("eos_token")) == "</s>"
+        for name in ("gmask_token", "end_token", "eop_token"):
+            kwargs.pop(name, None)
+        names = CHATGLM_TOKENS if self.family == CHATGLM else CHATGLM2_TOKENS
+        for attribute, token in names.items():
+            kwargs[attribute] = kwargs.get(attribute) or token
+        # What users added stays as it was saved; the special tokens of the family are ours to describe.
         saved = kwargs.pop("added_tokens_decoder", {})
-        extra: dict[str, Any] = {"do_lower_case": self.do_lower_case, "remove_space": self.remove_space}
-        ours = ("gmask_token", "end_token", "eop_token")
-        for name in [name for name in given if name not in ours]:
-            kwargs[name] = given[name]
-        named = {name: str(kwargs.pop(name, given.get(name, CHATGLM_TOKENS[name]))) for name in ours}
-        # v0.1 and Slim: published before <eop> became the eos token.
-        eos = str(kwargs.get("eos_token") or CHATGLM_TOKENS["eos_token"])
-        self._before_v1_1 = self.family == CHATGLM and ("eop_token" in given or eos == "</s>")
-        if self.family == CHATGLM:
-            self.gmask_token, self.end_token, self.eop_token = named.values()
-            extra["num_image_tokens"] = self.num_image_tokens
-            extra |= {name: named[name] for name in ours[: 1 if self._before_v1_1 else 2]}
-            extra |= {"eop_token": self.eop_token} if self._before_v1_1 else {}
-        defaults = CHATGLM_TOKENS if self.family == CHATGLM else CHATGLM2_TOKENS
-        for name in [name for name in defaults if name not in ours]:
-            kwargs[name] = kwargs.get(name) or defaults[name]
-        # Base ids are ours to describe; what users added stays as it was saved.
-        self._added_tokens_decoder = {
-            int(index): token for index, token in saved.items() if str(token) not in self._control_tokens
-        }
-        if self.family == CHATGLM:
-            for name in list(CHATGLM_TOKENS)[:5]:
-                token = str(kwargs[name])
-                if token in self._token_to_id:
-                    self._added_tokens_decoder[self._token_to_id[token]] = AddedToken(
-                        token, lstrip=True, rstrip=True, normalized=False, special=True
-                    )
-        return extra
+        added = {index: token for index, token in saved.items() if str(token) not in self._control_tokens}
+        for token in {str(kwargs[attribute]) for attribute in CHATGLM_TOKENS if attribute in kwargs}:
+            if self.family == CHATGLM and token in self._token_to_id:
+                added[self._token_to_id[token]] = AddedToken(
+                    token, lstrip=True, rstrip=True, normalized=False, special=True
+                )
+        self._added_tokens_decoder = added
+        return kwargs
 
     @property
     def vocab_size(self) -> int:
@@ -304,42 +252,38 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         return self._id_to_token[index] if 0 <= index < self.vocab_size else ""
 
-    def _command_id(self, chatglm: str, chatglm2: str) -> int:
-        return self._token_to_id[chatglm if self.family == CHATGLM else chatglm2]
-
     def get_command(self, token: str) -> int:
-        """Return the id of a special token by name; ChatGLM2 also knows `<bos>`, `<eos>`, `<pad>`."""
+        """Return the id of a special token by its name, or by `<bos>`, `<eos>`, `<pad>` in ChatGLM2."""
         name = CHATGLM2_COMMANDS.get(token, token) if self.family == CHATGLM2 else token
         if name not in self._control_tokens:
-            raise ValueError(
-                f"{token!r} is not a special token of this tokenizer; it has {sorted(self._control_tokens)}."
-            )
+            names = ", ".join(sorted(self._control_tokens))
+            raise ValueError(f"{token!r} is not a special token of this tokenizer, which has {names}.")
         return self._token_to_id[name]
 
     @property
     def gmask_token_id(self) -> int:
         """Id of `[gMASK]`."""
-        return self._command_id(getattr(self, "gmask_token", ""), "[gMASK]")
+        return self._token_to_id["[gMASK]"]
 
     @property
     def sop_token_id(self) -> int:
-        """Id of the token that starts the answer: `<sop>`, or `sop` in ChatGLM2."""
-        return self._command_id(CHATGLM_TOKENS["bos_token"], "sop")
+        """Id of the token that starts the answer: `<sop>`, in ChatGLM2 `sop`."""
+        return self._token_to_id["<sop>" if self.family == CHATGLM else "sop"]
 
     @property
     def eop_token_id(self) -> int:
-        """Id of `<eop>`, which ends the answers of ChatGLM-6B; `eop` in ChatGLM2, which ends with `</s>`."""
-        return self._command_id(getattr(self, "eop_token", ""), "eop")
+        """Id of `<eop>`, in ChatGLM2 `eop`."""
+        return self._token_to_id["<eop>" if self.family == CHATGLM else "eop"]
 
     @property
     def end_token_id(self) -> int:
         """Id of `</s>`."""
-        return self._command_id(getattr(self, "end_token", ""), "</s>")
+        return self._token_to_id["</s>"]
 
     @property
     def unk_token_id(self) -> int | None:
         """Id of the unknown token; None for ChatGLM2, as published: its `<unk>` is the padding."""
-        return None if self.family == CHATGLM2 else self._convert_token_to_id(str(self.unk_token))
+        return self._convert_token_to_id("<unk>") if self.family == CHATGLM else None
 
     # ---- text to ids
 
@@ -412,9 +356,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             text = " ".join(text.split())
         if self.do_lower_case:
             text = text.lower()
-        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
-        runs = rf" {{2,{LONGEST_BLANK}}}"
-        return re.sub(runs, lambda run: f"<|blank_{len(run[0])}|>", text)
+        pieces = {text: piece for piece, text in self._white_space.items()}
+        longest_first = sorted(pieces, key=len, reverse=True)
+        return re.sub("|".join(longest_first), lambda run: pieces[run[0]], text)
 
     def get_prefix_tokens(self) -> list[int]:
         """Return the ids in front of every ChatGLM2 input; ChatGLM-6B has none there."""
@@ -540,13 +484,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = True,
-        padding: Any = False,
-        truncation: Any = False,
-        max_length: int | None = None,
-        return_tensors: Any = None,
-        return_dict: bool = True,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Turn messages `{"role": …, "content": …}` into the prompt of `encode_chat`, or its text.
@@ -561,7 +498,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 "The ChatGLM prompt has no place for tools or documents; write them into a message, or "
                 "pass a chat_template that renders them."
             )
-        if not (ours and tokenize) or return_assistant_tokens_mask:
+        if not (ours and tokenize) or kwargs.get("return_assistant_tokens_mask"):
             return super().apply_chat_template(
                 conversation,
                 tools=tools,
@@ -570,13 +507,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=tokenize,
-                padding=padding,
-                truncation=truncation,
-                max_length=max_length,
-                return_tensors=return_tensors,
-                return_dict=return_dict,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                tokenizer_kwargs=tokenizer_kwargs,
                 **kwargs,
             )
         several = bool(conversation) and (
@@ -588,16 +518,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
             for messages in (conversation if several else [conversation])
         ]
-        encoded = self(
-            ids if several else ids[0],
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            add_special_tokens=False,
-            return_tensors=return_tensors,
-            **(tokenizer_kwargs or {}),
-        )
-        return encoded if return_dict else encoded["input_ids"]
+        options = {name: kwargs[name] for name in CALL_OPTIONS if name in kwargs}
+        options.update(kwargs.get("tokenizer_kwargs") or {})
+        encoded = self(ids if several else ids[0], add_special_tokens=False, **options)
+        return encoded if kwargs.get("return_dict", True) else encoded["input_ids"]
 
     def _encode_messages(
         self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool, unfinished: bool
@@ -689,10 +613,8 @@ class StreamDecoder:
             token_id = int(token_id)
             if token_id in self._dropped:
                 continue
-            if 0 <= token_id < len(surfaces):
-                surface = surfaces[token_id]
-            else:
-                surface = str(added.get(token_id, ""))
+            known = 0 <= token_id < len(surfaces)
+            surface = surfaces[token_id] if known else str(added.get(token_id, ""))
             if isinstance(surface, bytes):
                 text, self._bytes = complete_characters(self._bytes + surface)
             else:
@@ -795,7 +717,7 @@ def split_messages(
             "must take turns, beginning with user."
         )
     answer = texts.pop() if len(texts) % 2 == 0 else None
-    return list(zip(texts[:-1:2], texts[1::2])), texts[-1], answer  # noqa: B905 (3.10 knows it; equal)
+    return list(zip(texts[:-1:2], texts[1::2], strict=True)), texts[-1], answer
 
 
 def _content_text(content: Any, index: int) -> str:
@@ -922,11 +844,9 @@ def appended_pieces() -> bytes:
     Bytes appended to a serialised model are read as further pieces, and settings as newer ones.
     """
     control, user_defined, byte = 3, 4, 6  # SentencePiece's piece types
-    pieces = [
-        (piece, control) for piece in "[MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>".split()
-    ]
-    pieces.append(("<|tab|>", user_defined))
-    pieces += [(f"<|blank_{n}|>", user_defined) for n in range(2, LONGEST_BLANK + 1)]
+    controls = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+    pieces = [(piece, control) for piece in controls]
+    pieces += [(piece, user_defined) for piece in WHITE_SPACE if piece != "<n>"]
     pieces += [(f"<0x{n:02X}>", byte) for n in range(256)]
     data = bytearray()
     for piece, kind in pieces:
@@ -949,11 +869,44 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _check_rows(path: Path, vocab_size: int, offset: int, config: Mapping[str, Any]) -> None:
+def count_image_tokens(model: SentencePieceProcessor, asked: int | None, config: Mapping[str, Any]) -> int:
+    """Return the id of the first text piece: what was asked for, else what config.json shows."""
+    if asked is not None:
+        if not isinstance(asked, int) or asked < 0:
+            raise ValueError(
+                f"num_image_tokens is {asked!r}; it must be {IMAGE_TOKENS} for ChatGLM-6B v0.1, "
+                "and 0 for all others."
+            )
+        return asked
+    pieces, rows, bos = model.get_piece_size(), config.get("vocab_size"), config.get("bos_token_id")
+    counts = set()
+    if bos is not None:
+        counts.add(bos - model.piece_to_id("<sop>"))
+    if rows is not None:
+        counts.add(IMAGE_TOKENS if rows >= pieces + IMAGE_TOKENS else 0)
+    if len(counts) > 1 or not counts <= {0, IMAGE_TOKENS}:
+        raise ValueError(
+            f"The tokenizer file has {pieces} pieces, config.json says vocab_size {rows} and "
+            f"bos_token_id {bos}: this is neither ChatGLM-6B v0.1 ({IMAGE_TOKENS} image ids in front) nor another (none); take "
+            "both files from one checkpoint, or pass num_image_tokens."
+        )
+    return counts.pop() if counts else 0
+
+
+def _check_rows(path: Path, vocab_size: int, config: Mapping[str, Any]) -> None:
     """Raise ValueError if the model of this config.json has fewer rows than the tokenizer has ids."""
     rows = config.get("padded_vocab_size", config.get("vocab_size"))
     if rows is not None and rows < vocab_size:
         raise ValueError(
-            f"{path.name} with num_image_tokens {offset} gives {vocab_size} ids, but config.json says that the "
-            f"model has {rows} rows; take both files from one checkpoint."
+            f"{path.name} makes a vocabulary of {vocab_size} ids, but config.json says that the model has "
+            f"{rows} rows; take both files from one checkpoint."
+        )
+
+
+def _check_clash(pieces: Iterable[str]) -> None:
+    clash = [name for name in CHATGLM2_APPENDED if name in pieces]
+    if clash:
+        raise ValueError(
+            f"The tokenizer file has a piece {clash[0]!r}, the name of a special token that ChatGLM2 "
+            "adds to it; train the vocabulary without this piece."
         )
