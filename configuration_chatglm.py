@@ -173,7 +173,7 @@ class ChatGLMConfig(PreTrainedConfig):
         _check_token_ids(self)
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(
-                f"quantization_bit is {self.quantization_bit!r}; set 8 or 4 for packed weights, or 0 for none."
+                f"quantization_bit is {self.quantization_bit!r}; set 8 or 4 for packed weights, 0 for none."
             )
 
     def _published_key_value_heads(self) -> int:
@@ -228,7 +228,8 @@ def _check_heads(config: ChatGLMConfig) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if config.family == CHATGLM and config.hidden_size % heads:
         raise ValueError(
-            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}; change one of them."
+            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}; change one "
+            "of them."
         )
     if config.head_dim % 4:
         source = "hidden_size / num_attention_heads" if config.family == CHATGLM else "kv_channels"
@@ -237,8 +238,9 @@ def _check_heads(config: ChatGLMConfig) -> None:
         )
     if groups != config._published_key_value_heads():
         raise ValueError(
-            f"num_key_value_heads is {groups} but the published keys say {config._published_key_value_heads()} "
-            "(multi_query_group_num, or num_attention_heads without multi_query_attention); remove num_key_value_heads."
+            f"num_key_value_heads is {groups} but the published keys say "
+            f"{config._published_key_value_heads()} (multi_query_group_num, or num_attention_heads without "
+            "multi_query_attention); remove num_key_value_heads."
         )
     if heads % groups:
         raise ValueError(

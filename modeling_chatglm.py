@@ -9,8 +9,10 @@ One layout everywhere: hidden states [B, T, hidden], queries, keys and values [B
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ def unpack_positions(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def is_context(input_ids: torch.Tensor, config: ChatGLMConfig) -> torch.Tensor:
-    """True where a token stands before the first <sop> of its row, [B, T]; a row without one has no context."""
+    """[B, T], True before the first <sop> of a row; a row without one has no context."""
     is_sop = input_ids == config.bos_token_id
     return (is_sop.cumsum(-1) == 0) & is_sop.any(-1, keepdim=True)
 
@@ -100,8 +102,8 @@ def check_prompt(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
         missing = (~found.any(-1)).nonzero().flatten().tolist()
         if missing:
             raise ValueError(
-                f"Row {missing[0]} of input_ids has no {name}: ChatGLM-6B reads a whole prompt at once; encode it "
-                "with tokenizer(...), which adds both, and leave chunked prefill off."
+                f"Row {missing[0]} of input_ids has no {name}: ChatGLM-6B reads a whole prompt at once; "
+                "encode it with tokenizer(...), which adds both, and leave chunked prefill off."
             )
 
 
@@ -249,7 +251,8 @@ class Attention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         if prefix is not None:
             key, value = (
-                torch.cat((p.expand(len(s), -1, -1, -1), s), 2) for p, s in zip(prefix, (key, value))
+                torch.cat((p.expand(len(s), -1, -1, -1), s), 2)
+                for p, s in zip(prefix, (key, value), strict=True)
             )
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -368,7 +371,7 @@ class GLM2Block(GradientCheckpointingLayer):
 
 
 class PrefixEncoder(nn.Module):
-    """The trained keys and values of P-Tuning v2 (Liu 2021): [B, pre_seq_len] -> [B, pre_seq_len, 2 L G D]."""
+    """The trained keys and values of P-Tuning v2 (Liu 2021): [B, prefix] -> [B, prefix, 2 L G D]."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
@@ -416,8 +419,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         causal_only = isinstance(implementation, str) and implementation.startswith(("flash", "paged"))
         if self.config.family == CHATGLM and causal_only:
             raise ValueError(
-                f"attn_implementation {implementation!r} sees only the past, but ChatGLM-6B reads its prompt in both "
-                "directions and would answer wrongly; use 'sdpa', 'eager' or 'flex_attention', and no continuous batching."
+                f"attn_implementation {implementation!r} sees only the past, but ChatGLM-6B reads its prompt in "
+                "both directions and would answer wrongly; use 'sdpa', 'eager' or 'flex_attention', without "
+                "continuous batching."
             )
 
     @torch.no_grad()
@@ -436,6 +440,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """
         for obsolete in ("empty_init", "resume_download"):
             kwargs.pop(obsolete, None)
+        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
+            check_weight_files(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""))
         if "use_auth_token" in kwargs:
             kwargs["token"] = kwargs.pop("use_auth_token")
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -445,6 +451,31 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if device is not None:
             model.to(device)
         return loaded
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise OSError for a weight file in `folder` that is cut off or only a pointer to the real one."""
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            if head == b"version ":  # the first word of a git-lfs pointer
+                raise OSError(
+                    f"{path} is a git-lfs pointer of {size} bytes, not the weights; run `git lfs pull` in "
+                    "that folder or download the file again."
+                )
+            expected = 8
+            if path.suffix == ".safetensors" and len(head) == 8:
+                header_size = int.from_bytes(head, "little")
+                expected += header_size
+                if expected <= size:
+                    tensors = json.loads(file.read(header_size)).values()
+                    expected += max((t["data_offsets"][1] for t in tensors if "data_offsets" in t), default=0)
+        if size < expected:
+            raise OSError(
+                f"{path} has {size} bytes and needs at least {expected}: the download is incomplete; "
+                "download the file again."
+            )
 
 
 class Embedding(nn.Module):
@@ -535,8 +566,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             input_ids: [B, T]. Or `inputs_embeds` [B, T, hidden]; ChatGLM-6B then needs `position_ids` too.
             position_ids: [B, T]; for ChatGLM-6B the published [B, 2, T] or `pack_positions` of it. Derived
                 from ids, mask and cache when not given.
-            attention_mask: [B, past + T], 1 = keep; or the published boolean [B, 1, T, past + T], True = masked.
-                The columns of a P-Tuning prefix are never part of it.
+            attention_mask: [B, past + T], 1 = keep; or the published boolean [B, 1, T, past + T],
+                True = masked. The columns of a P-Tuning prefix are never part of it.
             full_attention_mask: the same boolean mask under the name that the ChatGLM2 model has for it.
 
         `hidden_states` holds the input of every layer and then, as published, the normed output (ChatGLM-6B)
@@ -547,7 +578,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("Pass either input_ids or inputs_embeds, not both and not neither.")
         if past_key_values is not None and not isinstance(past_key_values, Cache):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; pass the Cache object that the model returned."
+                f"past_key_values is a {type(past_key_values).__name__}; pass the Cache object that the model "
+                "returned."
             )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
@@ -606,8 +638,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
-                f"input_ids hold {low if low < 0 else high}, outside the vocabulary of {self.config.vocab_size} rows; "
-                "use the tokenizer that belongs to this checkpoint."
+                f"input_ids hold {low if low < 0 else high}, outside the vocabulary of {self.config.vocab_size} "
+                "rows; use the tokenizer that belongs to this checkpoint."
             )
 
     def _check_mask(
@@ -622,8 +654,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if drawn or tuple(mask.shape) == expected.get(mask.dim()):
             return
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; for {batch} rows of {length} tokens after {past} cached ones "
-            f"it must be {expected[2]}, or boolean {expected[4]}."
+            f"attention_mask has shape {tuple(mask.shape)}; for {batch} rows of {length} tokens after {past} "
+            f"cached ones it must be {expected[2]}, or boolean {expected[4]}."
         )
 
     def _positions(
@@ -635,7 +667,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         """Positions [B or 1, T], packed for ChatGLM-6B."""
-        batch, length = inputs_embeds.shape[:2]
+        length = inputs_embeds.shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if self.config.family == CHATGLM2:
             if position_ids is not None:
@@ -665,8 +697,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return start + torch.arange(length, device=start.device)
         if input_ids is None:
             raise ValueError(
-                "ChatGLM-6B finds its positions in the token ids: with inputs_embeds pass position_ids too, as "
-                "[batch, 2, length] or packed by pack_positions."
+                "ChatGLM-6B finds its positions in the token ids: with inputs_embeds pass position_ids too, "
+                "as [batch, 2, length] or packed by pack_positions."
             )
         if not torch.compiler.is_compiling():
             check_prompt(input_ids, self.config)
@@ -752,7 +784,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         states = self.prefix_encoder(prefix_ids).to(inputs_embeds.dtype)
         states = states.view(rows, config.pre_seq_len, -1, config.num_key_value_heads, config.head_dim)
         states = self.dropout(states).permute(2, 0, 3, 1, 4)  # [2 L, B, G, pre_seq_len, D]
-        prefix = list(zip(states[0::2], states[1::2]))
+        prefix = list(zip(states[0::2], states[1::2], strict=True))
         if past_key_values is not None and not self.training:
             past_key_values.glm_prefix = prefix
         return prefix
@@ -868,10 +900,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self,
         inputs: torch.Tensor | None = None,
         generation_config: Any = None,
+        logits_processor: LogitsProcessorList | None = None,
         *args: Any,
         **kwargs: Any,
-    ):
-        """`GenerationMixin.generate`; for ChatGLM-6B the masks and positions of its tokenizer are taken too."""
+    ) -> Any:
+        """`GenerationMixin.generate`, which stops when scores are no longer finite (FiniteScores).
+
+        For ChatGLM-6B the published four-dimensional masks and two-row positions are taken too.
+        """
         if self.config.family == CHATGLM:
             self._refuse_chunked_prefill(generation_config, kwargs)
             ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -880,19 +916,21 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 kwargs["attention_mask"] = two_dimensional_mask(mask, ids, self.config)
             if positions is not None and positions.dim() == 3:
                 kwargs["position_ids"] = pack_positions(positions)
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        processors = LogitsProcessorList([FiniteScores(), *(logits_processor or [])])
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Several requests in one batch that they join and leave at any step (ChatGLM2-6B only)."""
+        self._refuse_causal_only_attention("paged")
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _refuse_chunked_prefill(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
         config = generation_config or self.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
             raise ValueError(
-                "prefill_chunk_size cuts the prompt into pieces, but ChatGLM-6B reads its prompt in both directions "
-                "and would answer wrongly; leave it out."
+                "prefill_chunk_size cuts the prompt into pieces, but ChatGLM-6B reads its prompt in both "
+                "directions and would answer wrongly; leave it out."
             )
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
-        return LogitsProcessorList([FiniteScores(), *processors])
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
@@ -913,7 +951,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """The mask that static caches are given ahead of `forward`; prompts draw theirs from the ids, inside."""
+        """The mask that static caches are given ahead of `forward`; prompts draw theirs inside, from the ids."""
         if inputs_embeds.shape[1] > 1:
             return attention_mask
         mask = create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
@@ -956,7 +994,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         `max_length` counts prompt and answer in tokens. Other keyword arguments go to `generate`. None means
         the default of the family (CHAT_DEFAULTS). Raises ValueError when the prompt leaves no room.
         """
-        sampling = dict(num_beams=num_beams, do_sample=do_sample, top_p=top_p, temperature=temperature)
+        sampling = {
+            "num_beams": num_beams,
+            "do_sample": do_sample,
+            "top_p": top_p,
+            "temperature": temperature,
+        }
         answers = self.batch_chat(
             tokenizer, [query], [history], max_length=max_length, logits_processor=logits_processor,
             **sampling, **kwargs,
@@ -974,18 +1017,21 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         histories = [None] * len(queries) if histories is None else histories
         if len(histories) != len(queries) or isinstance(queries, str):
             raise ValueError(
-                f"{len(queries)} queries and {len(histories)} histories; pass a list of queries and one history for each."
+                f"{len(queries)} queries and {len(histories)} histories; pass a list of queries and one history "
+                "for each."
             )
         for query in queries:
             check_query(query)
-        rows = [tokenizer.encode_chat(query, history) for query, history in zip(queries, histories)]
+        rows = [
+            tokenizer.encode_chat(query, history) for query, history in zip(queries, histories, strict=True)
+        ]
         inputs = self._batch(tokenizer, rows)
         arguments = self._generation_arguments(tokenizer, inputs["input_ids"].shape[1], **kwargs)
         outputs = self.generate(**inputs, **arguments)
         answers = outputs[:, inputs["input_ids"].shape[1] :].tolist()
         eos = as_list(arguments.get("eos_token_id", self.generation_config.eos_token_id))
         result = []
-        for query, history, ids in zip(queries, histories, answers):
+        for query, history, ids in zip(queries, histories, answers, strict=True):
             end = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))  # then only padding
             response = self.process_response(tokenizer.decode(ids[:end]))
             result.append((response, [*(history or []), (query, response)]))
@@ -1015,8 +1061,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         reuse = past_key_values is not None or return_past_key_values
         if reuse and self.config.family == CHATGLM:
             raise ValueError(
-                "ChatGLM-6B reads a whole conversation in both directions, so a further turn changes the keys and "
-                "values of the turns before; leave out past_key_values and return_past_key_values."
+                "ChatGLM-6B reads a whole conversation in both directions, so a further turn changes the keys "
+                "and values of the turns before; leave out past_key_values and return_past_key_values."
             )
         build = self.build_stream_inputs if reuse else self.build_inputs
         input_ids = build(tokenizer, query, history)["input_ids"]
@@ -1090,8 +1136,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             kwargs["max_length"] = defaults["max_length"] if max_length is None else max_length
             if prompt_length >= kwargs["max_length"]:
                 raise ValueError(
-                    f"The prompt has {prompt_length} tokens and max_length is {kwargs['max_length']}, which leaves no "
-                    "room for an answer; raise max_length or pass a shorter history."
+                    f"The prompt has {prompt_length} tokens and max_length is {kwargs['max_length']}, which "
+                    "leaves no room for an answer; raise max_length or pass a shorter history."
                 )
         temperature = defaults["temperature"] if temperature is None else temperature
         kwargs["do_sample"] = do_sample and temperature > 0  # temperature 0 means the likeliest token
@@ -1122,7 +1168,7 @@ def as_list(value: Any) -> list:
 
 
 def two_dimensional_mask(mask: torch.Tensor, input_ids: torch.Tensor, config: ChatGLMConfig) -> torch.Tensor:
-    """The published boolean mask [B, 1, T, T] (True = masked) as the [B, T] one (1 = keep) that says the same.
+    """The published boolean mask [B, 1, T, T] (True = masked) as a [B, T] one (1 = keep) that says the same.
 
     Raises ValueError for a mask that hides more than padding and the future.
     """
@@ -1131,8 +1177,8 @@ def two_dimensional_mask(mask: torch.Tensor, input_ids: torch.Tensor, config: Ch
     visible = (causal | is_context(input_ids, config)[:, None]) & keep[:, None]
     if not torch.equal(visible[keep], ~mask[:, 0][keep]):
         raise ValueError(
-            "generate takes the attention_mask that the tokenizer makes; this 4-D one hides other positions than padding "
-            "and the future. Pass a 2-D mask (1 = keep), or call the model step by step."
+            "generate takes the attention_mask that the tokenizer makes; this 4-D one hides other positions "
+            "than padding and the future. Pass a 2-D mask (1 = keep), or call the model step by step."
         )
     return keep.long()
 
@@ -1149,8 +1195,8 @@ class FiniteScores(LogitsProcessor):
         if broken.any():
             row = int(broken.any(-1).nonzero()[0])
             raise ValueError(
-                f"The scores of new token {self.step} in row {row} are NaN or infinite: the weights are damaged, or "
-                "float16 overflowed; check the files, or load the model in bfloat16 or float32."
+                f"The scores of new token {self.step} in row {row} are NaN or infinite: the weights are damaged, "
+                "or float16 overflowed; check the files, or load the model in bfloat16 or float32."
             )
         return scores
 
@@ -1187,27 +1233,18 @@ def decode_steps(
     logits_processor: LogitsProcessorList,
     stopping_criteria: Any,
     generation_config: Any,
-    past_key_values: Cache | None = None,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    **kwargs: Any,
+    **model_kwargs: Any,
 ) -> Iterator[tuple[torch.Tensor, Cache]]:
     """The decoding loop behind streams, one yield a token; closing it frees the cache at once.
 
     `generate` calls it with everything prepared (its `custom_generate` hook).
     """
+    inputs = {name: model_kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values")}
     sequences, step_ids = input_ids, input_ids
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     while not finished.all():
         with torch.no_grad():
-            outputs = model(
-                input_ids=step_ids,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            outputs = model(input_ids=step_ids, use_cache=True, logits_to_keep=1, **inputs)
             scores = logits_processor(sequences, outputs.logits[:, -1].float())
             if generation_config.do_sample:
                 tokens = torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1)
@@ -1218,12 +1255,12 @@ def decode_steps(
         step_ids = tokens[:, None]
         sequences = torch.cat((sequences, step_ids), dim=-1)
         finished = finished | stopping_criteria(sequences, None)
-        past_key_values = outputs.past_key_values
-        if position_ids is not None:
-            position_ids = position_ids[:, -1:] + 1
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        yield sequences, past_key_values
+        inputs["past_key_values"] = outputs.past_key_values
+        if inputs["position_ids"] is not None:
+            inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
+        if inputs["attention_mask"] is not None:
+            inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, 1), value=1)
+        yield sequences, outputs.past_key_values
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
