@@ -887,8 +887,8 @@ def count_image_tokens(model: SentencePieceProcessor, asked: int | None, config:
     if len(counts) > 1 or not counts <= {0, IMAGE_TOKENS}:
         raise ValueError(
             f"The tokenizer file has {pieces} pieces, config.json says vocab_size {rows} and "
-            f"bos_token_id {bos}: this is neither ChatGLM-6B v0.1 ({IMAGE_TOKENS} image ids in front) nor another (none); take "
-            "both files from one checkpoint, or pass num_image_tokens."
+            f"bos_token_id {bos}: this is neither ChatGLM-6B v0.1 ({IMAGE_TOKENS} image ids in front) nor "
+            "another (none); take both files from one checkpoint, or pass num_image_tokens."
         )
     return counts.pop() if counts else 0
 
