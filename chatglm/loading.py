@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError  # the error alone: nothing is unpickled here
 
 import torch
 
@@ -44,13 +45,19 @@ def load(
     tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint.folder)
     # The checked keys of config.json, not the file, so that nothing in it can name code.
     config = ChatGLMConfig.from_dict(dict(checkpoint.config))
-    model = ChatGLMForConditionalGeneration.from_pretrained(
-        checkpoint.folder,
-        config=config,
-        dtype=dtype or default_dtype(device, checkpoint),
-        # Packing is done where the memory is, then only the packed weights travel.
-        device_map={"": "cpu" if quantize else device},
-    )
+    try:
+        model = ChatGLMForConditionalGeneration.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype or default_dtype(device, checkpoint),
+            # Packing is done where the memory is, then only the packed weights travel.
+            device_map={"": "cpu" if quantize else device},
+        )
+    except UnpicklingError:
+        raise ValueError(
+            f"A .bin file in {checkpoint.folder} is damaged or holds more than tensors, which could "
+            "run code; take safetensors files, or the .bin files of a source you trust."
+        ) from None
     if quantize:
         model = model.quantize(quantize).to(device)
     return model.eval(), tokenizer
@@ -81,9 +88,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise ValueError(
-            f"device is {device!r}; give cpu, cuda, cuda:1, mps or the like."
-        ) from None
+        raise ValueError(f"device is {device!r}; give cpu, cuda, cuda:1, mps or the like.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device is {str(device)!r} but torch sees {torch.cuda.device_count()} CUDA devices; "

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from chatglm.checkpoint import sizes_of
+from chatglm.checkpoint import Checkpoint, read_checkpoint
+from chatglm.find import find_checkpoint
 from chatglm.streaming import History, new_text
 
 if TYPE_CHECKING:
@@ -34,10 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    # Before torch is imported, which takes seconds: most mistakes are told at once.
+    checkpoint = read_checkpoint(find_checkpoint(arguments.model, arguments.revision))
+    if sys.stdin.isatty():
+        print(f"Loading {arguments.model} ...", flush=True)
     import torch
 
     try:
-        _run(arguments)
+        _chat_with(checkpoint, arguments)
     except torch.OutOfMemoryError:
         raise MemoryError(
             "The memory of the device is used up; try --quantize 4, a smaller --max-length or "
@@ -45,15 +50,16 @@ def run(arguments: argparse.Namespace) -> None:
         ) from None
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    from transformers import set_seed
+def _chat_with(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
+    import transformers
 
-    from chatglm.loading import load
+    from chatglm.loading import LARGE, load
 
-    names = ("device", "dtype", "quantize", "revision")
-    model, tokenizer = load(arguments.model, **{name: getattr(arguments, name) for name in names})
+    if checkpoint.sizes.parameters < LARGE:
+        transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load(checkpoint.folder, arguments.device, arguments.dtype, arguments.quantize)
     if arguments.seed is not None:
-        set_seed(arguments.seed)
+        transformers.set_seed(arguments.seed)
     chat = Chat(
         model,
         tokenizer,
@@ -62,7 +68,8 @@ def _run(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
     )
     if sys.stdin.isatty():
-        print(f"{_about(arguments.model, model)}\n{HELP}")
+        dtype = str(model.dtype).removeprefix("torch.")
+        print(f"{checkpoint.sizes.parameters:,} parameters, {dtype} on {model.device}.\n{HELP}")
         converse(chat, typed_messages(), prefix="ChatGLM: ", keep_going=True)
     else:
         converse(chat, (line.rstrip("\n") for line in sys.stdin))
@@ -160,12 +167,6 @@ def typed_messages() -> Iterator[str]:
             continue
         except EOFError:
             return
-
-
-def _about(name: str, model: ChatGLMForConditionalGeneration) -> str:
-    parameters = sizes_of(model.config.to_dict()).parameters
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"{name}: {parameters:,} parameters, {dtype} on {model.device}"
 
 
 def _default_max_length(model: ChatGLMForConditionalGeneration) -> int:

@@ -80,28 +80,33 @@ def free_memory() -> dict[str, int]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """Lays the facts of `describe` out for people."""
-    files = facts["file_sizes"]
-    held = f"{facts['file_dtype'] or 'unknown dtype'}, {_readable(sum(files.values()))}"
-    where = f"{held} in {len(files)} file{'s' * (len(files) != 1)}" if files else "not downloaded"
-    packed = f", packed to {facts['packed_bits']} bits" if facts["packed_bits"] else ""
-    lines = [
-        f"{facts['model']}: {FAMILY_NAMES[facts['family']]}",
-        f"  folder      {facts['folder']}",
-        f"  parameters  {facts['parameters']:,}",
-        f"  layers      {facts['layers']}, hidden size {facts['hidden_size']:,}",
-        f"  vocabulary  {facts['vocabulary']:,}",
-        f"  context     {facts['context']:,} tokens" if facts["context"] else "",
-        f"  weights     {where}{packed}",
-        "",
-        f"  loaded as   weights    + {CACHE_TOKENS} tokens   free: "
-        + ", ".join(f"{place} {_readable(size)}" for place, size in facts["free_memory"].items()),
+    free = ", ".join(f"{_readable(size)} {place}" for place, size in facts["free_memory"].items())
+    rows = [
+        ("folder", facts["folder"]),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("layers", f"{facts['layers']}, hidden size {facts['hidden_size']:,}"),
+        ("vocabulary", f"{facts['vocabulary']:,}"),
+        ("context", f"{facts['context']:,} tokens" if facts["context"] else "not told"),
+        ("weights", _weights_text(facts)),
+        ("free here", free),
     ]
+    lines = [f"{facts['model']}: {FAMILY_NAMES[facts['family']]}"]
+    lines += [f"  {name:<12}{value}" for name, value in rows]
+    lines += ["", f"  {'loaded as':<12}{'weights':<12}{f'cache of {CACHE_TOKENS} tokens':<24}fits in"]
     for row in facts["memory"]:
-        fits = [place for place, enough in row["fits"].items() if enough]
-        verdict = f"fits in {', '.join(fits)}" if fits else "does not fit"
-        sizes = f"{_readable(row['weights']):<10} {_readable(row['cache']):<13}"
-        lines.append(f"  {row['loaded_as']:<11} {sizes} {verdict}")
+        places = [place for place, enough in row["fits"].items() if enough]
+        sizes = f"{_readable(row['weights']):<12}{_readable(row['cache']):<24}"
+        lines.append(f"  {row['loaded_as']:<12}{sizes}{', '.join(places) or 'nothing here'}")
     return "\n".join(lines)
+
+
+def _weights_text(facts: dict[str, Any]) -> str:
+    files = facts["file_sizes"]
+    packed = f", packed to {facts['packed_bits']} bits" if facts["packed_bits"] else ""
+    if not files:
+        return f"{facts['file_dtype'] or 'unknown dtype'}{packed}, not downloaded"
+    count = f"{len(files)} file{'s' * (len(files) != 1)}"
+    return f"{facts['file_dtype']}{packed}, {_readable(sum(files.values()))} in {count}"
 
 
 def _checkpoint(name: str, revision: str | None) -> Checkpoint:
