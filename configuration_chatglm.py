@@ -7,6 +7,7 @@ or `multi_query_attention` to ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2 ("chatglm2"
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -68,6 +69,26 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Second names of a value: those of transformers, and the one that ChatGLM2 has for its rows.
+ALIASES = {
+    "max_position_embeddings": {CHATGLM: "max_sequence_length", CHATGLM2: "seq_length"},
+    "intermediate_size": {CHATGLM: "inner_hidden_size", CHATGLM2: "ffn_hidden_size"},
+    "padded_vocab_size": {CHATGLM: "vocab_size", CHATGLM2: "vocab_size"},
+    "num_hidden_layers": {CHATGLM: "num_layers", CHATGLM2: "num_layers"},
+}
+
+# Which class an Auto class takes from a folder that carries our files. `transformers serve` looks for
+# AutoModelForDecision first and cannot load remote code under any other name.
+AUTO_MAP = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+    "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForDecision": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
+}
+
+
 def family_of(keys: dict[str, Any]) -> str | None:
     """Return "chatglm" or "chatglm2", whichever `keys` of a config.json belong to; None if neither.
 
@@ -82,6 +103,16 @@ def family_of(keys: dict[str, Any]) -> str | None:
     return next((family for family, telling in found.items() if telling), None)
 
 
+def _alias(name: str) -> property:
+    def get(config: ChatGLMConfig) -> Any:
+        return getattr(config, ALIASES[name][config.family])
+
+    def put(config: ChatGLMConfig, value: Any) -> None:
+        setattr(config, ALIASES[name][config.family], value)
+
+    return property(get, put)
+
+
 class ChatGLMConfig(PreTrainedConfig):
     """Sizes and switches of one checkpoint, under the names of the published config.json files.
 
@@ -92,8 +123,13 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
+    _auto_class = "AutoConfig"  # save_pretrained copies this file too
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"num_hidden_layers": "num_layers"}
+    attribute_map = {"num_hidden_layers": "num_layers"}  # the library reads this one here
+
+    max_position_embeddings = _alias("max_position_embeddings")
+    intermediate_size = _alias("intermediate_size")
+    padded_vocab_size = _alias("padded_vocab_size")
 
     def __init__(self, **kwargs: Any) -> None:
         family = family_of(kwargs) or CHATGLM2
@@ -101,18 +137,21 @@ class ChatGLMConfig(PreTrainedConfig):
         for name, default in {**SHARED_DEFAULTS, **FAMILY_DEFAULTS[family]}.items():
             setattr(self, name, kwargs.pop(name, default))
         if family == CHATGLM:
-            # The oldest checkpoints name neither; the distances are the same in all vocabularies.
-            self.mask_token_id = kwargs.pop("mask_token_id", self.bos_token_id - 4)
-            self.gmask_token_id = kwargs.pop("gmask_token_id", self.bos_token_id - 3)
-            self.pad_token_id = kwargs.pop("pad_token_id", max(self.bos_token_id - 130001, 0))
+            # The oldest checkpoints name none of them; the distances are the same in all vocabularies.
+            sop = self.bos_token_id if isinstance(self.bos_token_id, int) else 4
+            self.mask_token_id = kwargs.pop("mask_token_id", sop - 4)
+            self.gmask_token_id = kwargs.pop("gmask_token_id", sop - 3)
+            self.pad_token_id = kwargs.pop("pad_token_id", max(sop - 130001, 0))
         if isinstance(self.prefix_projection, (list, tuple)):
             # A circulating copy of the ChatGLM2 code saved a one-element list here.
-            self.prefix_projection = bool(self.prefix_projection[0])
+            self.prefix_projection = any(self.prefix_projection)
         self.pre_seq_len = self.pre_seq_len or None
         self.quantization_bit = self.quantization_bit or 0
         self.num_key_value_heads = kwargs.pop("num_key_value_heads", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self._published_key_value_heads()
+        if kwargs.get("auto_map"):
+            kwargs["auto_map"] = complete_auto_map(kwargs["auto_map"])
         super().__init__(**kwargs)
         self.check()
 
@@ -124,6 +163,11 @@ class ChatGLMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> ChatGLMConfig:
         """Build from the content of a config.json; ValueError if it is of neither family."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"config.json says model_type {config_dict['model_type']!r}; ChatGLM checkpoints say 'chatglm'. Load "
+                "this one with the Auto classes of transformers."
+            )
         if family_of(config_dict) is None:
             raise ValueError(
                 f"config.json says model_type {config_dict.get('model_type')!r} but has none of the keys "
@@ -138,30 +182,17 @@ class ChatGLMConfig(PreTrainedConfig):
         return CHATGLM if "inner_hidden_size" in self.__dict__ else CHATGLM2
 
     @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding, as the ChatGLM2 config.json names them."""
-        return self.vocab_size
-
-    @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         if self.family == CHATGLM:
             return self.hidden_size // self.num_attention_heads
         return self.kv_channels
 
-    @property
-    def intermediate_size(self) -> int:
-        """Width inside the MLP."""
-        return self.inner_hidden_size if self.family == CHATGLM else self.ffn_hidden_size
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Context length the checkpoint was trained for, in tokens."""
-        return self.max_sequence_length if self.family == CHATGLM else self.seq_length
-
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of the published config.json, and `num_key_value_heads`."""
         output = super().to_dict()
+        if output.get("auto_map"):
+            output["auto_map"] = complete_auto_map(output["auto_map"])
         if self.family == CHATGLM2:
             output["padded_vocab_size"] = self.vocab_size
         return output
@@ -175,6 +206,14 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"quantization_bit is {self.quantization_bit!r}; set 8 or 4 for packed weights, 0 for none."
             )
+        if self.family == CHATGLM and self.quantization_embeddings and not self.quantization_bit:
+            raise ValueError(
+                "quantization_embeddings is true but quantization_bit is 0; set quantization_bit to 8 or 4 too."
+            )
+        if self.family == CHATGLM2 and self.fp32_residual_connection and not self.rmsnorm:
+            raise ValueError(
+                "fp32_residual_connection needs rmsnorm; set one of them to the published value."
+            )
 
     def _published_key_value_heads(self) -> int:
         if self.family == CHATGLM2 and self.multi_query_attention:
@@ -182,19 +221,27 @@ class ChatGLMConfig(PreTrainedConfig):
         return self.num_attention_heads
 
 
+def complete_auto_map(published: dict[str, str]) -> dict[str, str]:
+    """Add the Auto classes that older config.json files do not name yet; code in another repository stays there."""
+    repository, separator, _ = str(published.get("AutoConfig", "")).rpartition("--")
+    return {auto: f"{repository}{separator}{name}" for auto, name in AUTO_MAP.items()} | published
+
+
 def _with_one_name_each(family: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Replace the second names of a value by its first; ValueError if the two disagree."""
-    aliases = {"num_hidden_layers": "num_layers"}
-    if family == CHATGLM2:
-        aliases["padded_vocab_size"] = "vocab_size"
     kwargs = dict(kwargs)
-    for alias, name in aliases.items():
+    for alias, name in [(alias, names[family]) for alias, names in ALIASES.items()]:
         value = kwargs.pop(alias, None)
         if value is not None and kwargs.setdefault(name, value) != value:
             raise ValueError(
                 f"The config gives {name} {kwargs[name]!r} and {alias} {value!r}, which mean the same; "
                 "make them equal or remove one."
             )
+    if "head_dim" in kwargs:
+        raise ValueError(
+            f"head_dim is given as {kwargs['head_dim']!r}, but it follows from kv_channels (ChatGLM2-6B) or from "
+            "hidden_size / num_attention_heads (ChatGLM-6B); set those."
+        )
     return kwargs
 
 
@@ -220,7 +267,7 @@ def _check_sizes(config: ChatGLMConfig) -> None:
             )
     for name in ["layernorm_epsilon"] + (["rope_ratio"] if config.family == CHATGLM2 else []):
         value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{name} is {value!r}; it must be a number above 0.")
 
 
@@ -250,15 +297,17 @@ def _check_heads(config: ChatGLMConfig) -> None:
 
 
 def _check_token_ids(config: ChatGLMConfig) -> None:
-    names = ["bos_token_id", "pad_token_id"]
+    names = ["bos_token_id", "eos_token_id", "pad_token_id"]
     if config.family == CHATGLM:
-        names += ["eos_token_id", "mask_token_id", "gmask_token_id"]
+        names += ["mask_token_id", "gmask_token_id"]
     for name in names:
         value = getattr(config, name)
-        if value is None and name in ("pad_token_id", "bos_token_id") and config.family == CHATGLM2:
+        if value is None and config.family == CHATGLM2:
             continue
-        if not isinstance(value, int) or not 0 <= value < config.vocab_size:
-            raise ValueError(
-                f"{name} is {value!r}, outside the vocabulary of {config.vocab_size} rows; take the ids and "
-                "vocab_size from the config.json that was published with these weights."
-            )
+        several = name == "eos_token_id" and isinstance(value, (list, tuple))
+        for token in value if several else [value]:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"{name} is {value!r}, outside the vocabulary of {config.vocab_size} rows; take the ids and "
+                    "vocab_size from the config.json that was published with these weights."
+                )

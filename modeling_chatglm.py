@@ -80,9 +80,9 @@ def glm_positions(
         index = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     context = is_context(input_ids, config)
     sop_column = context.sum(-1, keepdim=True)  # [B, 1]
-    is_gmask = input_ids == config.gmask_token_id
+    is_gmask = (input_ids == config.gmask_token_id) & context
     has_gmask = is_gmask.any(-1, keepdim=True)
-    is_mask = torch.where(has_gmask, is_gmask, input_ids == config.mask_token_id)
+    is_mask = torch.where(has_gmask, is_gmask, (input_ids == config.mask_token_id) & context)
     filled = index.gather(1, is_mask.int().argmax(-1, keepdim=True))  # [B, 1]
     if not config.position_encoding_2d:
         return torch.where(context | has_gmask, index, filled) * POSITION_STRIDE
@@ -93,11 +93,13 @@ def glm_positions(
 
 def check_prompt(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
     """Raise ValueError for a row that lacks <sop> or a mask token: it has no positions."""
+    is_mask = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
+    mask_names = (
+        f"[gMASK] (id {config.gmask_token_id}) or [MASK] (id {config.mask_token_id}) before its <sop>"
+    )
     for name, found in {
         f"<sop> (id {config.bos_token_id})": input_ids == config.bos_token_id,
-        f"[gMASK] (id {config.gmask_token_id}) or [MASK] (id {config.mask_token_id})": (
-            (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
-        ),
+        mask_names: is_mask & is_context(input_ids, config),
     }.items():
         missing = (~found.any(-1)).nonzero().flatten().tolist()
         if missing:
@@ -241,7 +243,7 @@ class Attention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefix: tuple[torch.Tensor, ...] = (),
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -249,7 +251,7 @@ class Attention(nn.Module):
         query, key = self.rotate(query, *rotary), self.rotate(key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if prefix is not None:
+        if prefix:
             key, value = (
                 torch.cat((p.expand(len(s), -1, -1, -1), s), 2)
                 for p, s in zip(prefix, (key, value), strict=True)
@@ -336,9 +338,11 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, *prefix: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         normed = self.input_layernorm(hidden_states)
-        attended, weights = self.attention(normed, **kwargs)
+        attended, weights = self.attention(normed, prefix=prefix, **kwargs)
         hidden_states = RESIDUAL_SCALE * normed + attended
         normed = self.post_attention_layernorm(hidden_states)
         return RESIDUAL_SCALE * normed + self.mlp(normed), weights
@@ -357,9 +361,11 @@ class GLM2Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = SwiGLU(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, *prefix: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         normed = self.input_layernorm(hidden_states)
-        attended, weights = self.self_attention(self._compute(normed), **kwargs)
+        attended, weights = self.self_attention(self._compute(normed), prefix=prefix, **kwargs)
         hidden_states = (normed if self.residual_is_normed else hidden_states) + self.dropout(attended)
         normed = self.post_attention_layernorm(hidden_states)
         residual = normed if self.residual_is_normed else hidden_states
@@ -432,25 +438,58 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, device: Any = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        device: Any = None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Load as `PreTrainedModel.from_pretrained`, and accept what the published README lines pass.
 
         `device` moves the loaded model there. `empty_init` and `resume_download` have no effect today.
+        Raises OSError for damaged files and ValueError for weights that do not fit the config: nothing is
+        left at random values silently, except a new prefix encoder or classification head.
         """
         for obsolete in ("empty_init", "resume_download"):
             kwargs.pop(obsolete, None)
-        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
-            check_weight_files(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""))
         if "use_auth_token" in kwargs:
             kwargs["token"] = kwargs.pop("use_auth_token")
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", ""))
+        if folder.is_dir():
+            check_weight_files(folder)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+        check_loaded(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
         if model.config.pre_seq_len:
             model.base_model.train_only_prefix()  # loading makes every parameter trainable
         if device is not None:
             model.to(device)
-        return loaded
+        return (model, info) if output_loading_info else model
+
+
+def check_loaded(info: dict[str, Any], name: Any, ignore_mismatched_sizes: bool) -> None:
+    """Raise ValueError for weights of another shape than the config says, and for missing ones."""
+    mismatched = sorted(info["mismatched_keys"]) if not ignore_mismatched_sizes else []
+    if mismatched:
+        key, in_file, in_model = mismatched[0]
+        raise ValueError(
+            f"{key} in {name} has shape {tuple(in_file)}, but by config.json it must be {tuple(in_model)}; take "
+            "weights and config.json from one checkpoint."
+        )
+    new = ("prefix_encoder.", "classifier_head.")  # trained by the user, and often saved elsewhere
+    missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in new))
+    if missing:
+        raise ValueError(
+            f"{name} holds no weights for {missing[0]} and {len(missing) - 1} more; the checkpoint is incomplete "
+            "or of another model: download it again, with all of its files."
+        )
 
 
 def check_weight_files(folder: Path) -> None:
@@ -590,11 +629,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions and self.config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation {self.config._attn_implementation!r} keeps no attention weights; for "
+                "output_attentions load the model with attn_implementation='eager'."
+            )
 
         if inputs_embeds is None:
-            self._check_ids(input_ids)
+            self._check_ids(input_ids, past_key_values)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        self._check_mask(attention_mask, inputs_embeds, past_key_values)
+        self._check_shapes(attention_mask, position_ids, inputs_embeds, past_key_values)
         position_ids = self._positions(
             position_ids, input_ids, inputs_embeds, attention_mask, past_key_values
         )
@@ -608,32 +652,40 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden_states = inputs_embeds
         if self.config.family == CHATGLM2 and self.config.fp32_residual_connection:
             hidden_states = hidden_states.float()
-        all_hidden_states, all_attentions = [hidden_states], []
+        all_hidden_states, all_attentions = [], []
         for i, block in enumerate(self.blocks):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             hidden_states, weights = block(
                 hidden_states,
+                *(prefix[i] if prefix else ()),  # by place: reentrant checkpointing sees no other tensors
                 rotary=rotary,
                 attention_mask=mask,
                 past_key_values=past_key_values,
-                prefix=prefix[i] if prefix else None,
                 output_attentions=output_attentions,
                 **kwargs,
             )
-            all_hidden_states.append(hidden_states)
-            all_attentions.append(weights)
-        hidden_states = self.final_norm(hidden_states)
-        if self.config.family == CHATGLM:
-            all_hidden_states[-1] = hidden_states
+            if output_attentions:
+                all_attentions.append(weights)
+        normed = self.final_norm(hidden_states).to(inputs_embeds.dtype)
+        if output_hidden_states:
+            all_hidden_states.append(normed if self.config.family == CHATGLM else hidden_states)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
+            last_hidden_state=normed,
             past_key_values=past_key_values,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
-    def _check_ids(self, input_ids: torch.Tensor) -> None:
-        # Only for prompts: in the decode loop the ids are our own, and looking would wait for the device.
-        if torch.compiler.is_compiling() or input_ids.shape[-1] <= 1 or input_ids.is_meta:
+    def _check_ids(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> None:
+        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; they must be whole numbers of "
+                "shape (batch, length) with at least one token."
+            )
+        # In the decode loop the ids are our own, and looking at them would wait for the device.
+        step = past_key_values is not None and input_ids.shape[1] == 1
+        if step or torch.compiler.is_compiling() or input_ids.is_meta:
             return
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
@@ -642,21 +694,31 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 "rows; use the tokenizer that belongs to this checkpoint."
             )
 
-    def _check_mask(
-        self, mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_key_values: Cache | None
+    def _check_shapes(
+        self,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
     ) -> None:
-        if mask is None or not isinstance(mask, torch.Tensor) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
         batch, length = inputs_embeds.shape[:2]
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        allowed = [(batch, length), (1, length)] + [(batch, 2, length)] * (self.config.family == CHATGLM)
+        if position_ids is not None and tuple(position_ids.shape) not in allowed:
+            raise ValueError(
+                f"position_ids have shape {tuple(position_ids.shape)}; for {batch} rows of {length} tokens it must be "
+                f"{' or '.join(str(shape) for shape in allowed)}."
+            )
+        if not isinstance(mask, torch.Tensor) or (mask.dim() == 4 and mask.is_floating_point()):
+            return  # drawn by the library, for a static or paged cache
         expected = {2: (batch, past + length), 4: (batch, 1, length, past + length)}
-        drawn = mask.dim() == 4 and mask.dtype != torch.bool  # by the library, e.g. for a static cache
-        if drawn or tuple(mask.shape) == expected.get(mask.dim()):
-            return
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; for {batch} rows of {length} tokens after {past} "
-            f"cached ones it must be {expected[2]}, or boolean {expected[4]}."
-        )
+        if tuple(mask.shape) != expected.get(mask.dim()) or (mask.dim() == 4 and mask.dtype != torch.bool):
+            raise ValueError(
+                f"attention_mask is {mask.dtype} of shape {tuple(mask.shape)}; for {batch} rows of {length} tokens "
+                f"after {past} cached ones it must have shape {expected[2]}, or be boolean of shape {expected[4]}."
+            )
 
     def _positions(
         self,
@@ -675,11 +737,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if attention_mask is not None and attention_mask.dim() == 2:
                 return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
             return torch.arange(length, device=inputs_embeds.device)[None] + past
-        if position_ids is None:
+        derived = position_ids is None
+        if derived:
             position_ids = self._glm_positions(input_ids, length, attention_mask, past_key_values)
         elif position_ids.dim() == 3:
             position_ids = pack_positions(position_ids)
-        if past_key_values is not None and not torch.compiler.is_compiling():
+        if past_key_values is not None and (derived or not torch.compiler.is_compiling()):
             # What comes next on this cache, for callers who pass no positions.
             past_key_values.glm_next_position = (past + length, position_ids[:, -1:] + 1)
         return position_ids
@@ -760,10 +823,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         The context is what stands before <sop>, also on a cache that is already filled (PEFT prefix tuning).
         """
+        context = torch.ones_like(position_ids, dtype=torch.bool)
         if input_ids is not None:
             context = is_context(input_ids, self.config)
-        else:
-            context = unpack_positions(position_ids)[1] == 0
+        if self.config.position_encoding_2d:
+            context = context & (unpack_positions(position_ids)[1] == 0)  # answers may quote a <sop>
         blocks = torch.where(context, 0, -1)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, int) and past:
@@ -792,6 +856,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """The language model: next-token logits, generation and chat."""
+
+    _auto_class = "AutoModel"  # save_pretrained copies the code too
 
     def __init__(self, config: ChatGLMConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config)
@@ -908,9 +974,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         For ChatGLM-6B the published four-dimensional masks and two-row positions are taken too.
         """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        check_generation_mask(kwargs.get("attention_mask"), ids)
         if self.config.family == CHATGLM:
             self._refuse_chunked_prefill(generation_config, kwargs)
-            ids = inputs if inputs is not None else kwargs.get("input_ids")
             mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
             if mask is not None and mask.dim() == 4:
                 kwargs["attention_mask"] = two_dimensional_mask(mask, ids, self.config)
@@ -1105,8 +1172,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """
         if past_key_values is not None:
             past = past_key_values.get_seq_length()
-            new = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-            kwargs.update(past_key_values=past_key_values, position_ids=new.expand_as(input_ids))
+            seen = torch.arange(past + input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+            kwargs.setdefault("attention_mask", torch.ones_like(seen))
+            kwargs.update(past_key_values=past_key_values, position_ids=seen[:, past:])
         steps = self.generate(
             input_ids,
             generation_config,
@@ -1165,6 +1233,20 @@ def as_list(value: Any) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_generation_mask(mask: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
+    """Raise ValueError for a mask that does not cover `input_ids` [B, T] (and what is cached before them)."""
+    if mask is None or input_ids is None or input_ids.dim() != 2:
+        return
+    batch, length = input_ids.shape
+    if mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
+        return
+    if tuple(mask.shape) != (batch, 1, length, length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; for {batch} rows of {length} tokens it must be "
+            f"{(batch, length)}."
+        )
 
 
 def two_dimensional_mask(mask: torch.Tensor, input_ids: torch.Tensor, config: ChatGLMConfig) -> torch.Tensor:
@@ -1268,6 +1350,8 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
 
     The last token is the last that `attention_mask` keeps, so padding may stand on either side.
     """
+
+    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: ChatGLMConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config)

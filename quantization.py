@@ -31,13 +31,15 @@ def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
         raise ValueError(
             f"A weight of {weight.shape[1]} columns cannot be packed two to a byte; quantize it to 8 bits."
         )
-    scale = weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
+    limit = 2 ** (bits - 1) - 1
+    scale = weight.abs().amax(dim=1) / limit
     if not torch.isfinite(scale).all():
         raise ValueError(
             "The weight holds values that are not finite, so it has no scale; load an intact checkpoint."
         )
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)  # an empty row stays 0
-    integers = (weight / divisor[:, None]).round().to(torch.int8)
+    # A scale so small that half rounded it may ask for more than the limit.
+    integers = (weight / divisor[:, None]).round().clamp(-limit, limit).to(torch.int8)
     return (integers if bits == 8 else pack_int4(integers)), scale
 
 
