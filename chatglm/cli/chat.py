@@ -124,7 +124,7 @@ def converse(chat: Chat, messages: Iterable[str], prefix: str = "", keep_going: 
             return
         if command == "clear":
             chat.history = []
-            print(CLEAR_SCREEN, end="", flush=True)
+            print(CLEAR_SCREEN if sys.stdout.isatty() else "", end="", flush=True)
         elif command:
             try:
                 reply(chat, message, prefix)
@@ -138,7 +138,7 @@ def reply(chat: Chat, message: str, prefix: str = "") -> None:
     """Prints one answer as it comes; Ctrl-C ends it, and what was printed counts as said."""
     forgotten = chat.make_room(message)
     if forgotten:
-        print(f"(No room for more: forgot the oldest {forgotten} of what was said.)")
+        print(f"(To make room, the oldest {forgotten} of the rounds were forgotten.)")
     print(prefix, end="", flush=True)
     try:
         for text in chat.answer(message):
@@ -159,7 +159,7 @@ def typed_messages() -> Iterator[str]:
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    session: PromptSession[str] = PromptSession(key_bindings=keys)
+    session: PromptSession[str] = PromptSession(key_bindings=keys, reserve_space_for_menu=0)
     while True:
         try:
             yield session.prompt("\nYou: ")
