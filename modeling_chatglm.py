@@ -755,9 +755,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        known_past, start = getattr(past_key_values, "glm_next_position", (None, None))
-        if past and known_past == past:
-            return start + torch.arange(length, device=start.device)
+        known_past, start = getattr(past_key_values, "glm_next_position", (-1, None))
+        if past and known_past >= past:
+            # After <sop> every token counts one further, so what was cropped off the cache counts back.
+            cropped = known_past - past
+            if cropped and bool((unpack_positions(start)[1] <= cropped).any()):
+                raise ValueError(
+                    f"The cache was cropped to {past} tokens, into the prompt, which ChatGLM-6B reads in both "
+                    "directions; start again with an empty cache."
+                )
+            return start - cropped + torch.arange(length, device=start.device)
         if input_ids is None:
             raise ValueError(
                 "ChatGLM-6B finds its positions in the token ids: with inputs_embeds pass position_ids too, "
@@ -784,7 +791,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             mask = attention_mask
             if mask.dtype == torch.bool:
                 mask = ~mask  # published: True = masked; attention functions: True = may see
-                if self.config._attn_implementation == "eager":
+                if self.config._attn_implementation != "sdpa":  # the others add masks to the scores
                     mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(
                         inputs_embeds.dtype
                     )
