@@ -528,9 +528,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> list[int]:
         history, query, answer = split_messages(messages)
         if answer is None and not generation_prompt:
-            prompt = self.build_prompt(query, history).removesuffix("答：").rstrip("\n")
-            if self.family == CHATGLM and not history:
-                prompt = query
+            cue = "\n\n答：" if self.family == CHATGLM2 else "\n答：" if history else ""
+            prompt = self.build_prompt(query, history).removesuffix(cue)
             return self.get_prefix_tokens() + self._encode_plain(prompt)
         ids = self.encode_chat(query, history)
         if answer is None:
