@@ -95,7 +95,7 @@ def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (actual.float() - expected.float()).abs().max().item()
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-4) -> None:
-    """float32 sums in another order differ by about 1e-5 on logits of size 10."""
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-3) -> None:
+    """Sums in another order differ by up to 3e-4 behind sharp weights (logits of size 20); mistakes by 0.1 and more."""
     difference = largest_difference(actual, expected)
     assert difference <= atol, f"they differ by up to {difference}"

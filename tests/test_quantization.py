@@ -76,7 +76,7 @@ def test_quantizing_is_off_by_half_a_step_at_most(bits, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_numbers_too_small_for_an_exact_scale_keep_their_sign(bits, dtype):
     weight = (random(60, 16) * torch.logspace(-8, 0, 60)[:, None]).to(dtype)
-    packed, scale = quantize_weight(weight, bits)
+    packed, _ = quantize_weight(weight, bits)
     integers = packed if bits == 8 else unpack_int4(packed)
     assert integers.abs().max() <= LIMIT[bits]
     assert (integers.sign() * weight.sign() >= 0).all()
