@@ -157,7 +157,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         ids = list(range(model.get_piece_size()))
         pieces = model.id_to_piece(ids)
         controls = [piece for piece, hidden in zip(pieces, model.is_control(ids), strict=True) if hidden]
-        surfaces = {piece: piece.replace(BLANK, " ") for piece in pieces}
+        surfaces: dict[str, str | bytes] = {piece: piece.replace(BLANK, " ") for piece in pieces}
         for piece, is_byte in zip(pieces, model.is_byte(ids), strict=True):
             if is_byte:
                 surfaces[piece] = bytes([int(piece[1:-1], 16)])
@@ -301,6 +301,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         _check_text(text)
         if kwargs.pop("split_special_tokens", self.split_special_tokens):
             return self._tokenize(text)
+        if self.family == CHATGLM2 and text.startswith("[gMASK]sop"):
+            rest = text.removeprefix("[gMASK]sop")
+            if rest.startswith(tuple(self._added_tokens_encoder)):  # ChatGLM3's own template: <|user|>…
+                return ["[gMASK]", "sop", *self.tokenize(rest)]
         before, chat, after = self._split_rendered_chat(text)
         if before or after:
             return before + self._tokenize(chat) + after

@@ -52,7 +52,7 @@ def random_ids(tokenizer: ChatGLMTokenizer, rng: random.Random) -> list[int]:
 @pytest.mark.parametrize("skip", [False, True], ids=["all", "skip-special"])
 def test_deltas_join_to_decode_for_any_ids(published: ChatGLMTokenizer, skip: bool) -> None:
     rng = random.Random(7)
-    for _ in range(400):
+    for _ in range(250):
         ids = random_ids(published, rng)
         one_by_one, in_chunks = published.stream_decoder(skip), published.stream_decoder(skip)
         single = [one_by_one.put(index) for index in ids] + [one_by_one.flush()]
@@ -130,7 +130,7 @@ def test_a_token_costs_the_same_at_the_end_of_a_long_text(tokenizer: ChatGLMToke
 
     seconds()
     first = min(seconds() for _ in range(3))
-    decoder.put(ids * 1000)
+    decoder.put(ids * 200)
     last = min(seconds() for _ in range(3))
     assert last < 5 * first
 

@@ -153,7 +153,7 @@ def test_v2_ids_are_sentencepieces_own_and_every_string_comes_back(
 def test_random_ids_decode_as_sentencepiece_decodes_them(published: ChatGLMTokenizer) -> None:
     rng = random.Random(3)
     model = published.sp_model
-    for _ in range(500):
+    for _ in range(300):
         ids = random_ids(published, rng)
         if published.family == "chatglm":
             expected = reference_text(model, ids)
@@ -313,6 +313,18 @@ def test_names_of_v2_special_tokens_stay_plain_text_whatever_is_added(tmp_path: 
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
     ids = tokenizer("soprano, people<x></s>[gMASK]", add_special_tokens=False)["input_ids"]
     assert {2, size - 4, size - 2}.isdisjoint(ids)
+
+
+def test_the_template_of_chatglm3_keeps_its_control_tokens(tmp_path: Path) -> None:
+    file = train_tokenizer_model(tmp_path / "tokenizer.model")
+    template = "[gMASK]sop{% for m in messages %}<|{{ m.role }}|>\n {{ m.content }}{% endfor %}<|assistant|>"
+    tokenizer = ChatGLMTokenizer(
+        file, chat_template=template, extra_special_tokens=["<|user|>", "<|assistant|>"]
+    )
+    chat = [{"role": "user", "content": "soprano"}]
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.apply_chat_template(chat, return_dict=False))
+    assert tokens[:3] == ["[gMASK]", "sop", "<|user|>"] and tokens[-1] == "<|assistant|>"
+    assert "sop" not in tokens[3:]
 
 
 def test_an_added_word_is_found_only_as_a_word_when_asked(tokenizer: ChatGLMTokenizer) -> None:
@@ -485,7 +497,7 @@ def test_a_git_lfs_pointer_is_named_with_the_way_out(file: Path, tmp_path: Path)
 def test_a_damaged_model_file_is_refused_wherever_it_ends(file: Path, tmp_path: Path) -> None:
     whole, damaged = file.read_bytes(), tmp_path / file.name
     rng = random.Random(5)
-    ends = [0, 1, 2, *(rng.randrange(len(whole)) for _ in range(300)), len(whole) - 1]
+    ends = [0, 1, 2, *(rng.randrange(len(whole)) for _ in range(150)), len(whole) - 1]
     for data in [*(whole[:end] for end in ends), b"garbage", b"\n\x02hi" * 99, whole + b"x"]:
         damaged.write_bytes(data)
         with pytest.raises(ValueError, match=rf"{file.name} \({len(data)} bytes\) is not a complete"):
