@@ -15,8 +15,13 @@ OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' py
 
 # The first Python that is new enough and can make virtual environments.
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
-FIND_PYTHON = $(or $(PYTHON),$$(for name in python3 python python3.13 python3.12 python3.11 python3.10; \
-	do if $$name -c '$(SUITABLE)' 2> /dev/null; then echo $$name; break; fi; done))
+NAMES := python3 python python3.13 python3.12 python3.11 python3.10
+FIND_PYTHON = for name in $(or $(PYTHON),$(NAMES)); do \
+	$$name -c '$(SUITABLE)' 2> /dev/null && echo $$name && break; done
+NO_PYTHON := chatglm needs Python 3.10 or newer with its venv module (Debian and Ubuntu: \
+	apt install python3-venv); make PYTHON=/path/to/python names one.
+INSTALL = @echo 'Installing into $(@D), once; torch is large, so this takes a while.'; \
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -50,26 +55,25 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 %/bin/python:
-	@python="$(FIND_PYTHON)"; if [ -z "$$python" ]; then echo "chatglm needs Python 3.10 or newer\
-	 with its venv module (on Debian and Ubuntu: apt install python3-venv); with PYTHON=/path/to/python\
-	 you can name one." >&2; exit 1; fi; \
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then echo '$(NO_PYTHON)' >&2; exit 1; fi; \
 	echo "Making $* with $$($$python --version)."; $$python -m venv $*
 
-# Empty files that say what is installed; newer requirements install again.
+# Empty files that tell what is installed; newer requirements install again.
 .venv/chat: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --constraint constraints.txt --editable .
 	@touch $@
 
 .venv/test: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) --constraint constraints.txt --editable '.[test]'
 	@touch .venv/chat $@
 
 .venv/demo: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(INSTALL) --constraint constraints.txt --editable '.[demo]'
 	@touch .venv/chat $@
 
 .venv-oldest/test: pyproject.toml constraints.txt | .venv-oldest/bin/python
-	sed '/^\(transformers\|huggingface_hub\|tokenizers\)==/d' constraints.txt > .venv-oldest/constraints.txt
-	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[test]'
+	@sed '/^\(transformers\|huggingface_hub\|tokenizers\)==/d' constraints.txt > $(@D)/constraints.txt
+	@echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $(@D)/constraints.txt
+	$(INSTALL) --constraint $(@D)/constraints.txt --editable '.[test]'
 	@touch $@

@@ -101,8 +101,9 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype is None or dtype in names.values():
-        return dtype
-    if dtype not in names:
+    if dtype is None:
+        return None
+    chosen = names.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in names.values():
         raise ValueError(f"dtype is {dtype!r}; give one of {', '.join(names)}.")
-    return names[dtype]
+    return chosen

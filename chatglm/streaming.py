@@ -18,7 +18,8 @@ def new_text(answers: Iterable[tuple[str, History]], family: str) -> Iterator[tu
 
         "你", "你a", "你a,", "你a，我"  ->  "你", "a", "", "，我"    (family "chatglm")
     """
-    shown, answer, history = 0, "", []
+    shown, answer = 0, ""
+    history: History = []
     for answer, history in answers:
         settled = max(shown, settled_length(answer, family))
         yield answer[shown:settled], history

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import chatglm
+from chatglm.checkpoint import Checkpoint
+from chatglm.hub.configuration_chatglm import ChatGLMConfig
+from chatglm.loading import default_dtype
 
 
 def test_a_folder_loads_ready_to_chat(tiny_folder: Path):
@@ -30,6 +33,12 @@ def test_the_dtype_is_what_was_asked_for(tiny_folder: Path):
     assert model.dtype == torch.bfloat16
 
 
+def test_large_models_take_bfloat16_on_a_cpu_and_their_own_dtype_elsewhere():
+    large = Checkpoint(Path(), ChatGLMConfig().to_dict(), ())
+    assert default_dtype(torch.device("cpu"), large) == torch.bfloat16
+    assert default_dtype(torch.device("cuda"), large) == "auto"
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantize_packs_the_weights_on_the_way(tiny_folder: Path, bits: int):
     model, tokenizer = chatglm.load(tiny_folder, device="cpu", quantize=bits)
@@ -45,8 +54,9 @@ def test_quantize_packs_the_weights_on_the_way(tiny_folder: Path, bits: int):
         ({"device": "gpu"}, "give cpu, cuda"),
         ({"device": "cuda:63"}, "CUDA devices"),
         ({"dtype": "int8"}, "float32, float16, bfloat16"),
+        ({"dtype": torch.int8}, "float32, float16, bfloat16"),
     ],
-    ids=["bits", "device name", "device number", "dtype"],
+    ids=["bits", "device name", "device number", "dtype name", "dtype"],
 )
 def test_wrong_arguments_are_told_before_anything_is_read(arguments: dict, words: str):
     with pytest.raises(ValueError, match=words):
