@@ -597,6 +597,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         full_attention_mask: torch.Tensor | None = None,
+        packed_position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run all layers.
@@ -607,6 +608,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 from ids, mask and cache when not given.
             attention_mask: [B, past + T], 1 = keep; or the published boolean [B, 1, T, past + T],
                 True = masked. The columns of a P-Tuning prefix are never part of it.
+            packed_position_ids: what `generate` passes instead of `position_ids` for ChatGLM-6B.
             full_attention_mask: the same boolean mask under the name that the ChatGLM2 model has for it.
 
         `hidden_states` holds the input of every layer and then, as published, the normed output (ChatGLM-6B)
@@ -626,6 +628,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         attention_mask = attention_mask if full_attention_mask is None else full_attention_mask
+        position_ids = position_ids if packed_position_ids is None else packed_position_ids
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -1016,6 +1019,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             return None
         check_prompt(input_ids, self.config)
         return glm_positions(input_ids, model_kwargs.get("attention_mask"), self.config)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """`GenerationMixin`'s, with the packed positions under a name of their own."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if self.config.family == CHATGLM and "position_ids" in inputs:
+            # PEFT's prefix tuning adds its length to `position_ids`, which packed ones do not survive.
+            inputs["packed_position_ids"] = inputs.pop("position_ids")
+        return inputs
 
     def create_masks_for_generate(
         self,
