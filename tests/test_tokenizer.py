@@ -406,52 +406,49 @@ def test_the_130000_piece_file_is_saved_with_its_appended_pieces(tmp_path: Path)
 # ---- v0.1 and Slim are told apart by config.json
 
 
-def ice_folder(folder: Path, config: dict[str, object] | None) -> Path:
-    train_ice_text(folder / "ice_text.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ChatGLMTokenizer"}))
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps({"model_type": "chatglm", **config}))
-    return folder
-
-
-PIECES, SOP = 376, 8  # of the small ice_text.model
+def ice_folder(folder: Path, rows: int | None, bos: int | None) -> tuple[Path, int, int]:
+    """A folder whose config.json gives rows and bos above the pieces and <sop> of its tokenizer file."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(train_ice_text(folder / "ice_text.model")))
+    pieces, sop = model.get_piece_size(), model.piece_to_id("<sop>")
+    config = {"model_type": "chatglm"}
+    config |= {} if rows is None else {"vocab_size": pieces + rows}
+    config |= {} if bos is None else {"bos_token_id": sop + bos}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, pieces, sop
 
 
 @pytest.mark.parametrize(
-    ("config", "count"),
+    ("rows", "bos", "count"),
     [
-        (None, 0),
-        ({}, 0),
-        ({"vocab_size": PIECES}, 0),
-        ({"vocab_size": PIECES + 184, "bos_token_id": SOP}, 0),
-        ({"vocab_size": PIECES + 20184}, 20000),
-        ({"bos_token_id": SOP + 20000}, 20000),
-        ({"vocab_size": PIECES + 20184, "bos_token_id": SOP + 20000}, 20000),
+        (None, None, 0),
+        (0, None, 0),
+        (184, 0, 0),
+        (20184, None, 20000),
+        (None, 20000, 20000),
+        (20184, 20000, 20000),
     ],
 )
-def test_image_tokens_are_counted_from_the_config(tmp_path: Path, config, count: int) -> None:
-    folder = ice_folder(tmp_path, config)
+def test_image_tokens_are_counted_from_the_config(tmp_path: Path, rows, bos, count: int) -> None:
+    folder, pieces, sop = ice_folder(tmp_path, rows, bos)
     for tokenizer in (
         ChatGLMTokenizer(folder / "ice_text.model"),
         ChatGLMTokenizer.from_pretrained(folder),
     ):
         assert tokenizer.num_image_tokens == count
-        assert (tokenizer.vocab_size, tokenizer.sop_token_id) == (PIECES + count, SOP + count)
-        assert tokenizer.decode([count // 2] if count else []) == ""
+        assert (tokenizer.vocab_size, tokenizer.sop_token_id) == (pieces + count, sop + count)
+        assert tokenizer.decode([*range(count), *tokenizer.encode("你好")]) == "你好"
     assert ChatGLMTokenizer(folder / "ice_text.model", num_image_tokens=0).num_image_tokens == 0
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"vocab_size": PIECES + 20184, "bos_token_id": SOP},
-        {"vocab_size": PIECES, "bos_token_id": SOP + 20000},
-        {"vocab_size": PIECES, "bos_token_id": 130004},
-    ],
-)
-def test_an_unknown_mix_of_sizes_is_an_error_that_names_them(tmp_path: Path, config) -> None:
-    folder = ice_folder(tmp_path, config)
-    numbers = rf"{PIECES} pieces.*vocab_size {config['vocab_size']} and bos_token_id {config['bos_token_id']}"
+def test_without_config_there_are_no_image_tokens(tmp_path: Path) -> None:
+    assert ChatGLMTokenizer(train_ice_text(tmp_path / "ice_text.model")).num_image_tokens == 0
+
+
+@pytest.mark.parametrize(("rows", "bos"), [(20184, 0), (0, 20000), (0, 129996), (None, 1)])
+def test_an_unknown_mix_of_sizes_is_an_error_that_names_them(tmp_path: Path, rows, bos) -> None:
+    folder, pieces, sop = ice_folder(tmp_path, rows, bos)
+    size = None if rows is None else pieces + rows
+    numbers = rf"{pieces} pieces.*vocab_size {size} and bos_token_id {sop + bos}"
     with pytest.raises(ValueError, match=numbers):
         ChatGLMTokenizer.from_pretrained(folder)
 
