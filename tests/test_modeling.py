@@ -319,7 +319,7 @@ def test_half_precision_scores_of_deep_layers_may_pass_the_range_of_float16(fami
     value = torch.randn(key.shape, generator=generator)
     low, _ = eager_attention_forward(attention, query.half(), key.half(), value.half(), None, scaling=0.25)
     high, _ = eager_attention_forward(attention, query, key, value, None, scaling=0.25)
-    assert_close(low, high, atol=2e-3)
+    assert_close(low, high, atol=5e-3)
 
 
 # Outputs
