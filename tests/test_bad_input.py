@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from chatglm.hub.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
-    glm_positions,
 )
 
 
@@ -50,7 +49,8 @@ def sentence(error: type[Exception] | tuple[type[Exception], ...], call, *args, 
 def test_ids_outside_the_vocabulary_are_told(model, ids, bad, road):
     wrong = ids.clone()
     wrong[0, 2] = bad
-    message = sentence(ValueError, getattr(model, road), wrong)
+    options = {"max_new_tokens": 2} if road == "generate" else {}
+    message = sentence(ValueError, getattr(model, road), wrong, **options)
     assert str(bad) in message
     assert "256 rows" in message
 
@@ -294,7 +294,7 @@ def test_a_bin_file_that_holds_code_is_refused_and_not_run(folder, tmp_path, zip
     if zipped:
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises((OSError, ValueError, pickle.UnpicklingError)) as caught:
         load(folder)
     assert re.search("pytorch_model.bin|weights_only|Unsupported", str(caught.value))
