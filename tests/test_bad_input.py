@@ -147,14 +147,6 @@ def test_a_cache_of_tuples_is_told(model, ids):
     assert "past_key_values is a tuple" in message
 
 
-@pytest.mark.parametrize("implementation", ["flex_attention"])
-def test_the_published_mask_is_refused_or_right_under_flex_attention(implementation):
-    model = tiny_model(CHATGLM2)
-    model.config._attn_implementation = implementation
-    mask = torch.ones(9, 9, dtype=torch.bool).tril().logical_not()[None, None]
-    assert "flex_attention" in sentence(ValueError, model, prompt(CHATGLM2), attention_mask=mask)
-
-
 # Configs
 
 

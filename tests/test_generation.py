@@ -102,6 +102,7 @@ def test_both_attention_functions_generate_the_same(family, ids, expected, imple
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
 def test_flex_attention_generates_the_same(family, ids, expected):
     model = tiny_model(family)
     model.set_attn_implementation("flex_attention")

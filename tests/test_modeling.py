@@ -296,12 +296,39 @@ def test_eager_equals_sdpa(model, family, ids):
     assert_close(eager, logits(model, ids))
 
 
+def flex_and_sdpa(model, ids: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+    found = []
+    for implementation in ("flex_attention", "sdpa"):
+        model.set_attn_implementation(implementation)
+        found.append(logits(model, ids, **kwargs))
+    return found
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
 def test_flex_attention_equals_sdpa(model, family, ids):
-    model.set_attn_implementation("flex_attention")
-    flex = logits(model, ids)
-    model.set_attn_implementation("sdpa")
-    assert_close(flex, logits(model, ids))
+    assert_close(*flex_and_sdpa(model, ids))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_of_a_padded_batch_equals_sdpa(model, family):
+    ids, mask = pad_left(three_rows(family), PAD)
+    flex, sdpa = flex_and_sdpa(model, ids, attention_mask=mask)
+    assert_close(flex[mask.bool()], sdpa[mask.bool()])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_takes_the_published_boolean_mask(model, family, ids):
+    assert_close(*flex_and_sdpa(model, ids, attention_mask=published_mask(family, ids)))
+
+
+def test_flex_attention_behind_a_prefix_is_refused(family, ids):
+    model = tiny_model(family, pre_seq_len=4)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="'sdpa' or 'eager', not 'flex_attention'"):
+        logits(model, ids)
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "paged|sdpa", "paged|eager"])
