@@ -15,7 +15,7 @@ import pytest
 import chatglm
 import chatglm.loading
 from chatglm.cli import main
-from chatglm.cli.chat import UNPRINTABLE, Chat, add_arguments, converse, reply
+from chatglm.cli.chat import UNPRINTABLE, Chat, add_arguments, converse, reply, typed_messages
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["info", "--help"], ["--version"]])
@@ -231,6 +231,30 @@ def test_the_oldest_rounds_are_forgotten_when_there_is_no_room(capsys: pytest.Ca
     converse(chat, ["d" * 6])
     assert [said[0][0] for said in model.calls[-1]["history"]] == ["b", "c"]
     assert capsys.readouterr().out.count("oldest 1 of the rounds were forgotten") == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("hello\r\x04", ["hello"]),
+        ("\033[200~line one\nline two\n\n第三行\033[201~\r\x04", ["line one\nline two\n\n第三行"]),
+        ("one\033\rtwo\r\x04", ["one\ntwo"]),
+        ("half\x03whole\r\x04", ["whole"]),
+        ("\x04", []),
+    ],
+    ids=["a line", "pasted lines", "Alt-Enter", "Ctrl-C drops the line", "Ctrl-D leaves"],
+)
+def test_what_is_typed_becomes_messages(keys: str, expected: list[str]):
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with (
+        create_pipe_input() as keyboard,
+        create_app_session(input=keyboard, output=DummyOutput()),
+    ):
+        keyboard.send_text(keys)
+        assert list(typed_messages()) == expected
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal(
