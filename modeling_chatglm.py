@@ -1,7 +1,8 @@
 """ChatGLM-6B and ChatGLM2-6B side by side, under the parameter names of the published checkpoints.
 
 The file reads from the parts to the whole: positions and masks, rotary embedding, attention, MLPs,
-blocks, prefix encoder, model, the two heads, generation, chat. "chatglm" is the first family
+blocks, prefix encoder, model, the two heads, generation. The methods that chat are a mixin in
+tokenization_chatglm.py, where all text is. "chatglm" is the first family
 (ChatGLM-6B v0.1, v1.1, Slim), "chatglm2" the second (ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2).
 
 One layout everywhere: hidden states [B, T, hidden], queries, keys and values [B, heads, T, head_dim].
@@ -33,7 +34,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
 from .quantization import QuantizedEmbedding, QuantizedLinear, quantize
-from .tokenization_chatglm import process_response
+from .tokenization_chatglm import ChatMixin
 
 # The published blocks scale their residuals for 28 layers, whatever the depth of the model.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
@@ -864,7 +865,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return prefix
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """The language model: next-token logits, generation and chat."""
 
     _auto_class = "AutoModel"  # save_pretrained copies the code too
@@ -1049,133 +1050,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype)
         return mask
 
-    def process_response(self, response: str) -> str:
-        """The published clean-up of an answer: stripped, and for ChatGLM-6B with Chinese punctuation."""
-        return process_response(self.config.family, response)
-
-    def build_inputs(self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None):
-        """The model inputs of one chat turn, [1, T], on the device of the model."""
-        return self._batch(tokenizer, [tokenizer.encode_chat(query, history)])
-
-    def build_stream_inputs(self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None):
-        """What a further turn adds to the cache of the turns before, [1, T] (ChatGLM2-6B)."""
-        return self._batch(tokenizer, [tokenizer.encode_chat_continuation(query, history)])
-
-    def _batch(self, tokenizer: Any, rows: list[list[int]]):
-        batch = tokenizer.pad({"input_ids": rows}, padding=True, padding_side="left", return_tensors="pt")
-        return batch.to(self.device)
-
-    def chat(
-        self,
-        tokenizer: Any,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int | None = None,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        **kwargs: Any,
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """Answer `query` after the rounds of `history`; return the answer and the longer history.
-
-        `max_length` counts prompt and answer in tokens. Other keyword arguments go to `generate`. None means
-        the default of the family (CHAT_DEFAULTS). Raises ValueError when the prompt leaves no room.
-        """
-        sampling = {
-            "num_beams": num_beams,
-            "do_sample": do_sample,
-            "top_p": top_p,
-            "temperature": temperature,
-        }
-        answers = self.batch_chat(
-            tokenizer, [query], [history], max_length=max_length, logits_processor=logits_processor,
-            **sampling, **kwargs,
-        )  # fmt: skip
-        return answers[0]
-
-    def batch_chat(
-        self,
-        tokenizer: Any,
-        queries: list[str],
-        histories: list[list[tuple[str, str]] | None] | None = None,
-        **kwargs: Any,
-    ) -> list[tuple[str, list[tuple[str, str]]]]:
-        """`chat` for several conversations at once; its keyword arguments hold for all of them."""
-        histories = [None] * len(queries) if histories is None else histories
-        if len(histories) != len(queries) or isinstance(queries, str):
-            raise ValueError(
-                f"{len(queries)} queries and {len(histories)} histories; pass a list of queries and one history "
-                "for each."
-            )
-        for query in queries:
-            check_query(query)
-        rows = [
-            tokenizer.encode_chat(query, history) for query, history in zip(queries, histories, strict=True)
-        ]
-        inputs = self._batch(tokenizer, rows)
-        arguments = self._generation_arguments(tokenizer, inputs["input_ids"].shape[1], **kwargs)
-        outputs = self.generate(**inputs, **arguments)
-        answers = outputs[:, inputs["input_ids"].shape[1] :].tolist()
-        eos = as_list(arguments.get("eos_token_id", self.generation_config.eos_token_id))
-        result = []
-        for query, history, ids in zip(queries, histories, answers, strict=True):
-            end = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))  # then only padding
-            response = self.process_response(tokenizer.decode(ids[:end]))
-            result.append((response, [*(history or []), (query, response)]))
-        return result
-
-    def stream_chat(
-        self,
-        tokenizer: Any,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        past_key_values: Cache | None = None,
-        max_length: int | None = None,
-        do_sample: bool = True,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        return_past_key_values: bool = False,
-        **kwargs: Any,
-    ) -> Iterator[tuple]:
-        """As `chat`, yielding (answer so far, history) with every token that completes a character.
-
-        ChatGLM2-6B only: with `return_past_key_values` the cache comes along as a third value; given back as
-        `past_key_values` together with the history, the next turn computes only its own tokens.
-        """
-        check_query(query)
-        history = list(history or [])
-        reuse = past_key_values is not None or return_past_key_values
-        if reuse and self.config.family == CHATGLM:
-            raise ValueError(
-                "ChatGLM-6B reads a whole conversation in both directions, so a further turn changes the keys "
-                "and values of the turns before; leave out past_key_values and return_past_key_values."
-            )
-        build = self.build_stream_inputs if reuse else self.build_inputs
-        input_ids = build(tokenizer, query, history)["input_ids"]
-        arguments = self._generation_arguments(
-            tokenizer, input_ids.shape[1], max_length=max_length, do_sample=do_sample, top_p=top_p,
-            temperature=temperature, logits_processor=logits_processor, **kwargs,
-        )  # fmt: skip
-        decoder, response, shown = tokenizer.stream_decoder(), "", None
-        steps = self.stream_generate(
-            input_ids, past_key_values=past_key_values, return_past_key_values=True, **arguments
-        )
-        for sequences, cache in steps:
-            decoder.put(int(sequences[0, -1]))
-            if decoder.pending or not decoder.text:
-                continue
-            response = shown = self.process_response(decoder.text)
-            turn = (response, [*history, (query, response)])
-            yield (*turn, cache) if return_past_key_values else turn
-        decoder.flush()
-        response = self.process_response(decoder.text)
-        if response != shown:  # an answer that is empty or ends inside a character
-            turn = (response, [*history, (query, response)])
-            yield (*turn, cache) if return_past_key_values else turn
-
     def stream_generate(
         self,
         input_ids: torch.Tensor,
@@ -1208,53 +1082,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         for sequences, cache in steps:
             yield (sequences, cache) if return_past_key_values else sequences
-
-    def _generation_arguments(
-        self,
-        tokenizer: Any,
-        prompt_length: int,
-        max_length: int | None = None,
-        do_sample: bool = True,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """What `chat` and `stream_chat` hand to `generate`; ValueError if the prompt leaves no room."""
-        defaults = CHAT_DEFAULTS[self.config.family]
-        if "max_new_tokens" not in kwargs:
-            kwargs["max_length"] = defaults["max_length"] if max_length is None else max_length
-            if prompt_length >= kwargs["max_length"]:
-                raise ValueError(
-                    f"The prompt has {prompt_length} tokens and max_length is {kwargs['max_length']}, which "
-                    "leaves no room for an answer; raise max_length or pass a shorter history."
-                )
-        temperature = defaults["temperature"] if temperature is None else temperature
-        kwargs["do_sample"] = do_sample and temperature > 0  # temperature 0 means the likeliest token
-        if kwargs["do_sample"]:
-            kwargs.update(temperature=temperature, top_p=defaults["top_p"] if top_p is None else top_p)
-        processors = [KnownTokens(len(tokenizer))] if len(tokenizer) < self.config.vocab_size else []
-        kwargs["logits_processor"] = LogitsProcessorList([*processors, *(logits_processor or [])])
-        return kwargs
-
-
-CHAT_DEFAULTS = {
-    CHATGLM: {"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
-    CHATGLM2: {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
-}
-
-
-def check_query(query: Any) -> None:
-    """Raise ValueError unless `query` is a text with something in it."""
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"The query is {query!r}; pass a text that is not empty.")
-
-
-def as_list(value: Any) -> list:
-    """None -> [], 2 -> [2], [2, 3] -> [2, 3]."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def check_generation_mask(mask: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
@@ -1303,17 +1130,6 @@ class FiniteScores(LogitsProcessor):
                 "or float16 overflowed; check the files, or load the model in bfloat16 or float32."
             )
         return scores
-
-
-class KnownTokens(LogitsProcessor):
-    """Rules out the rows of the vocabulary that only fill it up and have no text."""
-
-    def __init__(self, number_of_tokens: int) -> None:
-        self.number_of_tokens = number_of_tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        unknown = torch.arange(scores.shape[-1], device=scores.device) >= self.number_of_tokens
-        return scores.masked_fill(unknown, -torch.inf)
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):

@@ -1,8 +1,9 @@
-"""The tokenizer of ChatGLM-6B (v0.1, v1.1, Slim), ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2-6B.
+"""Text: the tokenizer of both families, streams, prompts, and the methods that chat.
 
-One class over SentencePiece. Which family it serves is told from the model file: `ice_text.model`
-has a piece `<n>` for the newline ("chatglm"), `tokenizer.model` has not ("chatglm2"). Below the class
-stand the streaming decoder, the prompts, and what reads a model file.
+One tokenizer class over SentencePiece serves ChatGLM-6B (v0.1, v1.1, Slim), ChatGLM2-6B, ChatGLM3-6B and
+CodeGeeX2-6B. Which family it is, is told from the model file: `ice_text.model` has a piece `<n>` for the
+newline ("chatglm"), `tokenizer.model` has not ("chatglm2"). Below the class stand the streaming decoder,
+the prompts, `ChatMixin` (chat, stream_chat, batch_chat of the model), and what reads a model file.
 
 It does not download, and it never turns what people type in a chat into control tokens: see
 `encode_chat`. What `tokenizer(...)` itself does with such spellings is said at `tokenize`.
@@ -17,8 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from sentencepiece import SentencePieceProcessor
-from transformers import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizer
+from transformers.cache_utils import Cache
 
 CHATGLM = "chatglm"
 CHATGLM2 = "chatglm2"
@@ -148,8 +151,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if self.family == CHATGLM:
             saved += ["num_image_tokens", "eop_token" if self._before_v1_1 else "end_token"]
         self.init_kwargs.update({name: getattr(self, name) for name in saved})
-
-    # ---- vocabulary
 
     def _build_tables(self) -> None:
         """Fill the tables id -> token, token -> id, and id -> what it looks like in a text."""
@@ -284,8 +285,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def unk_token_id(self) -> int | None:
         """Id of the unknown token; None for ChatGLM2, as published: its `<unk>` is the padding."""
         return self._convert_token_to_id("<unk>") if self.family == CHATGLM else None
-
-    # ---- text to ids
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Split `text` into tokens.
@@ -422,8 +421,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             encoded["position_ids"] = padding + positions if left else positions + padding
         return encoded
 
-    # ---- ids to text
-
     def _decode(
         self,
         token_ids: int | Sequence[int],
@@ -446,8 +443,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def stream_decoder(self, skip_special_tokens: bool = False) -> StreamDecoder:
         """Return a decoder that takes ids as they are generated and gives out whole characters."""
         return StreamDecoder(self, skip_special_tokens)
-
-    # ---- conversations
 
     def build_prompt(self, query: str, history: Sequence[Sequence[str]] | None = None) -> str:
         """Return the text that the model reads for `query` after `history`."""
@@ -545,8 +540,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
         end = self.eop_token_id if self.family == CHATGLM else self._token_to_id["</s>"]
         return ids + self._encode_plain(answer) + ([] if unfinished else [end])
-
-    # ---- saving
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write the SentencePiece model under its published name; return the path."""
@@ -659,9 +652,6 @@ def complete_characters(data: bytes) -> tuple[str, bytes]:
             text, data = text + REPLACEMENT, data[1:]
 
 
-# ---- prompts
-
-
 def build_prompt(family: str, query: str, history: Sequence[Sequence[str]] | None = None) -> str:
     """Return the one prompt of a family: "chatglm" (rounds from 0) or "chatglm2" (rounds from 1).
 
@@ -750,6 +740,199 @@ def process_response(family: str, text: str) -> str:
     return text
 
 
+# The published defaults of chat and stream_chat.
+CHAT_DEFAULTS = {
+    CHATGLM: {"max_length": 2048, "top_p": 0.7, "temperature": 0.95},
+    CHATGLM2: {"max_length": 8192, "top_p": 0.8, "temperature": 0.8},
+}
+
+
+class ChatMixin:
+    """Gives a model that generates tokens the methods that chat: text in, text out.
+
+    The model brings `generate`, `stream_generate`, `config` and `device`.
+    """
+
+    def process_response(self, response: str) -> str:
+        """The published clean-up of an answer: stripped, and for ChatGLM-6B with Chinese punctuation."""
+        return process_response(self.config.family, response)
+
+    def build_inputs(self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None):
+        """The model inputs of one chat turn, [1, T], on the device of the model."""
+        return self._batch(tokenizer, [tokenizer.encode_chat(query, history)])
+
+    def build_stream_inputs(self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None):
+        """What a further turn adds to the cache of the turns before, [1, T] (ChatGLM2-6B)."""
+        return self._batch(tokenizer, [tokenizer.encode_chat_continuation(query, history)])
+
+    def _batch(self, tokenizer: Any, rows: list[list[int]]):
+        batch = tokenizer.pad({"input_ids": rows}, padding=True, padding_side="left", return_tensors="pt")
+        return batch.to(self.device)
+
+    def chat(
+        self,
+        tokenizer: Any,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int | None = None,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer `query` after the rounds of `history`; return the answer and the longer history.
+
+        `max_length` counts prompt and answer in tokens. Other keyword arguments go to `generate`. None means
+        the default of the family (CHAT_DEFAULTS). Raises ValueError when the prompt leaves no room.
+        """
+        sampling = {
+            "num_beams": num_beams,
+            "do_sample": do_sample,
+            "top_p": top_p,
+            "temperature": temperature,
+        }
+        answers = self.batch_chat(
+            tokenizer, [query], [history], max_length=max_length, logits_processor=logits_processor,
+            **sampling, **kwargs,
+        )  # fmt: skip
+        return answers[0]
+
+    def batch_chat(
+        self,
+        tokenizer: Any,
+        queries: list[str],
+        histories: list[list[tuple[str, str]] | None] | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[str, list[tuple[str, str]]]]:
+        """`chat` for several conversations at once; its keyword arguments hold for all of them."""
+        histories = [None] * len(queries) if histories is None else histories
+        if len(histories) != len(queries) or isinstance(queries, str):
+            raise ValueError(
+                f"{len(queries)} queries and {len(histories)} histories; pass a list of queries and one history "
+                "for each."
+            )
+        for query in queries:
+            check_query(query)
+        rows = [
+            tokenizer.encode_chat(query, history) for query, history in zip(queries, histories, strict=True)
+        ]
+        inputs = self._batch(tokenizer, rows)
+        arguments = self._generation_arguments(tokenizer, inputs["input_ids"].shape[1], **kwargs)
+        outputs = self.generate(**inputs, **arguments)
+        answers = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+        eos = as_list(arguments.get("eos_token_id", self.generation_config.eos_token_id))
+        result = []
+        for query, history, ids in zip(queries, histories, answers, strict=True):
+            end = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))  # then only padding
+            response = self.process_response(tokenizer.decode(ids[:end]))
+            result.append((response, [*(history or []), (query, response)]))
+        return result
+
+    def stream_chat(
+        self,
+        tokenizer: Any,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        past_key_values: Cache | None = None,
+        max_length: int | None = None,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple]:
+        """As `chat`, yielding (answer so far, history) with every token that completes a character.
+
+        ChatGLM2-6B only: with `return_past_key_values` the cache comes along as a third value; given back as
+        `past_key_values` together with the history, the next turn computes only its own tokens.
+        """
+        check_query(query)
+        history = list(history or [])
+        reuse = past_key_values is not None or return_past_key_values
+        if reuse and self.config.family == CHATGLM:
+            raise ValueError(
+                "ChatGLM-6B reads a whole conversation in both directions, so a further turn changes the keys "
+                "and values of the turns before; leave out past_key_values and return_past_key_values."
+            )
+        build = self.build_stream_inputs if reuse else self.build_inputs
+        input_ids = build(tokenizer, query, history)["input_ids"]
+        arguments = self._generation_arguments(
+            tokenizer, input_ids.shape[1], max_length=max_length, do_sample=do_sample, top_p=top_p,
+            temperature=temperature, logits_processor=logits_processor, **kwargs,
+        )  # fmt: skip
+        decoder, response, shown = tokenizer.stream_decoder(), "", None
+        steps = self.stream_generate(
+            input_ids, past_key_values=past_key_values, return_past_key_values=True, **arguments
+        )
+        for sequences, cache in steps:
+            decoder.put(int(sequences[0, -1]))
+            if decoder.pending or not decoder.text:
+                continue
+            response = shown = self.process_response(decoder.text)
+            turn = (response, [*history, (query, response)])
+            yield (*turn, cache) if return_past_key_values else turn
+        decoder.flush()
+        response = self.process_response(decoder.text)
+        if response != shown:  # an answer that is empty or ends inside a character
+            turn = (response, [*history, (query, response)])
+            yield (*turn, cache) if return_past_key_values else turn
+
+    def _generation_arguments(
+        self,
+        tokenizer: Any,
+        prompt_length: int,
+        max_length: int | None = None,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `chat` and `stream_chat` hand to `generate`; ValueError if the prompt leaves no room."""
+        defaults = CHAT_DEFAULTS[self.config.family]
+        if "max_new_tokens" not in kwargs:
+            kwargs["max_length"] = defaults["max_length"] if max_length is None else max_length
+            if prompt_length >= kwargs["max_length"]:
+                raise ValueError(
+                    f"The prompt has {prompt_length} tokens and max_length is {kwargs['max_length']}, which "
+                    "leaves no room for an answer; raise max_length or pass a shorter history."
+                )
+        temperature = defaults["temperature"] if temperature is None else temperature
+        kwargs["do_sample"] = do_sample and temperature > 0  # temperature 0 means the likeliest token
+        if kwargs["do_sample"]:
+            kwargs.update(temperature=temperature, top_p=defaults["top_p"] if top_p is None else top_p)
+        processors = [KnownTokens(len(tokenizer))] if len(tokenizer) < self.config.vocab_size else []
+        kwargs["logits_processor"] = LogitsProcessorList([*processors, *(logits_processor or [])])
+        return kwargs
+
+
+def check_query(query: Any) -> None:
+    """Raise ValueError unless `query` is a text with something in it."""
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"The query is {query!r}; pass a text that is not empty.")
+
+
+def as_list(value: Any) -> list:
+    """None -> [], 2 -> [2], [2, 3] -> [2, 3]."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class KnownTokens(LogitsProcessor):
+    """Rules out the rows of the vocabulary that only fill it up and have no text."""
+
+    def __init__(self, number_of_tokens: int) -> None:
+        self.number_of_tokens = number_of_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        unknown = torch.arange(scores.shape[-1], device=scores.device) >= self.number_of_tokens
+        return scores.masked_fill(unknown, -torch.inf)
+
+
 def _check_text(text: Any, what: str = "The text") -> None:
     """Raise ValueError unless `text` is a string that can be written as UTF-8."""
     if not isinstance(text, str):
@@ -762,9 +945,6 @@ def _check_text(text: Any, what: str = "The text") -> None:
             'is no character; repair it with text.encode("utf-16", "surrogatepass").decode("utf-16", '
             '"replace").'
         ) from None
-
-
-# ---- model files
 
 
 def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, str]:

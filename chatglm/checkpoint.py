@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# The same as in configuration_chatglm.py and tokenization_chatglm.py, which need torch; a test holds
+# them together.
 FAMILY_KEYS = {
     "chatglm": ("inner_hidden_size", "position_encoding_2d"),
     "chatglm2": ("padded_vocab_size", "multi_query_attention"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from chatglm import checkpoint
 from chatglm.checkpoint import family_of, read_checkpoint, read_config, sizes_of
 
 CHATGLM_6B = {
@@ -75,9 +76,9 @@ def error_of(folder: Path) -> str:
 
 
 def test_a_whole_folder_passes_and_tells_its_tensors(folder: Path):
-    checkpoint = read_checkpoint(folder)
-    (file,) = checkpoint.weights
-    assert checkpoint.family == "chatglm2"
+    whole = read_checkpoint(folder)
+    (file,) = whole.weights
+    assert whole.family == "chatglm2"
     assert file.tensors[EMBEDDING].shape == (65024, 1)
     assert file.tensors[EMBEDDING].dtype == "F16"
     assert file.size == (folder / "model.safetensors").stat().st_size
@@ -225,6 +226,13 @@ def test_sizes_of_the_published_checkpoints():
 def test_memory_of_the_published_checkpoints(bits: int, gigabytes: tuple[float, float]):
     for config, expected in zip((CHATGLM_6B, CHATGLM2_6B), gigabytes, strict=True):
         assert sizes_of(config).weight_bytes(bits) / 1e9 == pytest.approx(expected, abs=0.005)
+
+
+def test_keys_and_file_names_are_those_of_the_root_files():
+    from chatglm.hub import configuration_chatglm, tokenization_chatglm
+
+    assert checkpoint.FAMILY_KEYS == configuration_chatglm.FAMILY_KEYS
+    assert checkpoint.TOKENIZER_FILES == tokenization_chatglm.VOCAB_FILES
 
 
 def test_family_and_parameters_agree_with_the_model_for_every_reference_config(shared: Path):

@@ -98,16 +98,16 @@ def test_a_further_turn_on_the_cache_encodes_only_its_own_tokens(load, name, cas
     for turn in fixture.case(case)["turns"]:
         past = 0 if cache is None else cache.get_seq_length()
         assert past == turn["past_len_in"]
-        texts = []
-        for response, _history, cache_after in model.stream_chat(
-            tokenizer,
-            turn["query"],
-            history_of(turn["history_in"]),
-            past_key_values=cache,
-            return_past_key_values=True,
-            **turn["kwargs"],
-        ):
-            texts.append(response)
-        cache = cache_after
+        yields = list(
+            model.stream_chat(
+                tokenizer,
+                turn["query"],
+                history_of(turn["history_in"]),
+                past_key_values=cache,
+                return_past_key_values=True,
+                **turn["kwargs"],
+            )
+        )
+        texts, cache = [response for response, _, _ in yields], yields[-1][2]
         assert texts == turn["responses"]
         assert cache.get_seq_length() == turn["past_len_out"]
