@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import threading
@@ -239,6 +240,7 @@ def test_closing_a_stream_frees_its_cache_at_once(conversation):
     caches = []
     forward = conversation.model.forward
 
+    @functools.wraps(forward)
     def watch(*args, **kwargs):
         outputs = forward(*args, **kwargs)
         caches.append(weakref.ref(outputs.past_key_values))
@@ -283,7 +285,13 @@ def test_chatglm2_computes_only_the_new_tokens_of_a_further_turn(tmp_path):
     )
     lengths = []
     forward = chat.model.forward
-    chat.model.forward = lambda *a, **k: (lengths.append(k["input_ids"].shape[1]), forward(*a, **k))[1]
+
+    @functools.wraps(forward)
+    def watch(*args, **kwargs):
+        lengths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    chat.model.forward = watch
     list(
         chat.model.stream_chat(chat.tokenizer, "晚上", history, cache, return_past_key_values=True, **GREEDY)
     )
