@@ -150,6 +150,7 @@ class ChatGLMConfig(PreTrainedConfig):
         self.num_key_value_heads = kwargs.pop("num_key_value_heads", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self._published_key_value_heads()
+        _check_sizes(self)  # the base class computes with them
         if kwargs.get("auto_map"):
             kwargs["auto_map"] = complete_auto_map(kwargs["auto_map"])
         super().__init__(**kwargs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -506,16 +507,24 @@ def check_weight_files(folder: Path) -> None:
                 )
             expected = 8
             if path.suffix == ".safetensors" and len(head) == 8:
-                header_size = int.from_bytes(head, "little")
-                expected += header_size
+                expected += int.from_bytes(head, "little")
                 if expected <= size:
-                    tensors = json.loads(file.read(header_size)).values()
-                    expected += max((t["data_offsets"][1] for t in tensors if "data_offsets" in t), default=0)
-        if size < expected:
+                    expected += data_size(file.read(expected - 8), path)
+            whole = head[:2] != b"PK" or zipfile.is_zipfile(path)  # the end of a zip holds its table
+        if size < expected or not whole:
+            needed = f" and needs at least {expected}" if size < expected else ""
             raise OSError(
-                f"{path} has {size} bytes and needs at least {expected}: the download is incomplete; "
-                "download the file again."
+                f"{path} has {size} bytes{needed}: the download is incomplete; download the file again."
             )
+
+
+def data_size(header: bytes, path: Path) -> int:
+    """Bytes of the tensors that the header of a safetensors file describes; OSError if it is damaged."""
+    try:
+        tensors = [tensor for name, tensor in json.loads(header).items() if name != "__metadata__"]
+        return max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+        raise OSError(f"The header of {path} is damaged; download the file again.") from None
 
 
 class Embedding(nn.Module):
@@ -623,6 +632,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 f"past_key_values is a {type(past_key_values).__name__}; pass the Cache object that the model "
                 "returned."
             )
+        if input_ids is not None:
+            self._check_ids(input_ids, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None  # the second forward would write into it again
@@ -640,7 +651,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
 
         if inputs_embeds is None:
-            self._check_ids(input_ids, past_key_values)
             inputs_embeds = self.get_input_embeddings()(input_ids)
         self._check_shapes(attention_mask, position_ids, inputs_embeds, past_key_values)
         position_ids = self._positions(
@@ -715,13 +725,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 f"position_ids have shape {tuple(position_ids.shape)}; for {batch} rows of {length} tokens it must be "
                 f"{' or '.join(str(shape) for shape in allowed)}."
             )
-        if not isinstance(mask, torch.Tensor) or (mask.dim() == 4 and mask.is_floating_point()):
-            return  # drawn by the library, for a static or paged cache
-        expected = {2: (batch, past + length), 4: (batch, 1, length, past + length)}
-        if tuple(mask.shape) != expected.get(mask.dim()) or (mask.dim() == 4 and mask.dtype != torch.bool):
+        if not isinstance(mask, torch.Tensor):
+            return
+        shape, expected = tuple(mask.shape), {2: (batch, past + length), 4: (batch, 1, length, past + length)}
+        fits = shape == expected.get(mask.dim()) and (mask.dim() == 2 or mask.dtype == torch.bool)
+        # Drawn by the library for a static or paged cache: added to the scores, with columns to spare.
+        drawn = mask.dim() == 4 and mask.is_floating_point() and shape[2] == length and shape[3] >= length
+        if not fits and not drawn:
             raise ValueError(
-                f"attention_mask is {mask.dtype} of shape {tuple(mask.shape)}; for {batch} rows of {length} tokens "
-                f"after {past} cached ones it must have shape {expected[2]}, or be boolean of shape {expected[4]}."
+                f"attention_mask is {mask.dtype} of shape {shape}; for {batch} rows of {length} tokens after {past} "
+                f"cached ones it must have shape {expected[2]}, or be boolean of shape {expected[4]}."
             )
 
     def _positions(
@@ -778,7 +791,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             check_prompt(input_ids, self.config)
         keep = attention_mask
         if keep is not None and keep.dim() == 4:
-            keep = ~keep[:, 0, -1]  # the last row sees all that is not padding
+            last = keep[:, 0, -1]  # this row sees all that is not padding
+            keep = ~last if last.dtype == torch.bool else last >= 0
         return glm_positions(input_ids, keep if keep is None else keep[:, -length:], self.config)
 
     def _attention_mask(
@@ -952,6 +966,10 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         A model that is packed already stays as it is. With `quantize_embeddings` (ChatGLM-6B) the embedding
         and the head, which are one tensor, are packed too.
         """
+        if quantize_embeddings and self.config.family != CHATGLM:
+            raise ValueError(
+                "quantize_embeddings is for ChatGLM-6B, whose head is its embedding; leave it out here."
+            )
         if bits and not self.config.quantization_bit:
             quantize(self.transformer, bits)
             self.config.quantization_bit = bits
@@ -960,10 +978,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         return self if device is None else self.to(device)
 
     def _quantize_embeddings(self, bits: int) -> None:
-        if self.config.family != CHATGLM:
-            raise ValueError(
-                "quantize_embeddings is for ChatGLM-6B, whose head is its embedding; leave it out here."
-            )
         embedding = QuantizedEmbedding.from_embedding(self.transformer.word_embeddings, bits)
         head = QuantizedLinear(self.config.hidden_size, self.config.vocab_size, bits, device="meta")
         head.weight, head.weight_scale = embedding.weight, embedding.weight_scale
