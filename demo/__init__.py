@@ -1,0 +1,1 @@
+"""How the two demo models that ship with chatglm are made: data, training, evaluation."""
