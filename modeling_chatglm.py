@@ -625,15 +625,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         or the output of the last layer before the norm (ChatGLM2-6B). Raises ValueError for ids outside the
         vocabulary, masks of the wrong shape and prompts without their special tokens.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either input_ids or inputs_embeds, not both and not neither.")
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; pass the Cache object that the model "
-                "returned."
-            )
-        if input_ids is not None:
-            self._check_ids(input_ids, past_key_values)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        self._check_arguments(input_ids, inputs_embeds, past_key_values, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None  # the second forward would write into it again
@@ -641,15 +634,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         attention_mask = attention_mask if full_attention_mask is None else full_attention_mask
         position_ids = position_ids if packed_position_ids is None else packed_position_ids
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions and self.config._attn_implementation not in ("eager", "sdpa"):
-            raise ValueError(
-                f"attn_implementation {self.config._attn_implementation!r} keeps no attention weights; for "
-                "output_attentions load the model with attn_implementation='eager'."
-            )
-
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         self._check_shapes(attention_mask, position_ids, inputs_embeds, past_key_values)
@@ -661,35 +645,76 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask, input_ids, inputs_embeds, position_ids, past_key_values,
             must_be_drawn=bool(prefix or output_attentions),
         )  # fmt: skip
-        rotary = self.rotary_pos_emb(position_ids, inputs_embeds.dtype)
 
         hidden_states = inputs_embeds
         if self.config.family == CHATGLM2 and self.config.fp32_residual_connection:
             hidden_states = hidden_states.float()
-        all_hidden_states, all_attentions = [], []
-        for i, block in enumerate(self.blocks):
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-            hidden_states, weights = block(
-                hidden_states,
-                *(prefix[i] if prefix else ()),  # by place: reentrant checkpointing sees no other tensors
-                rotary=rotary,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                output_attentions=output_attentions,
-                **kwargs,
-            )
-            if output_attentions:
-                all_attentions.append(weights)
+        hidden_states, all_hidden_states, all_attentions = self._run_blocks(
+            hidden_states,
+            prefix,
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            rotary=self.rotary_pos_emb(position_ids, inputs_embeds.dtype),
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
         normed = self.final_norm(hidden_states).to(inputs_embeds.dtype)
-        if output_hidden_states:
-            all_hidden_states.append(normed if self.config.family == CHATGLM else hidden_states)
+        if all_hidden_states and self.config.family == CHATGLM:
+            all_hidden_states = (*all_hidden_states[:-1], normed)
         return BaseModelOutputWithPast(
             last_hidden_state=normed,
             past_key_values=past_key_values,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
+            hidden_states=all_hidden_states,
+            attentions=all_attentions,
         )
+
+    def _run_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        prefix: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, tuple | None, tuple | None]:
+        """The stack: output [B, T, hidden], and if asked for the inputs of all layers and the attentions."""
+        all_hidden_states, all_attentions = (hidden_states,), ()
+        for i, block in enumerate(self.blocks):
+            key_and_value = prefix[i] if prefix else ()  # by place: reentrant checkpointing sees only these
+            hidden_states, weights = block(
+                hidden_states, *key_and_value, output_attentions=output_attentions, **kwargs
+            )
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
+            if output_attentions:
+                all_attentions += (weights,)
+        return (
+            hidden_states,
+            all_hidden_states if output_hidden_states else None,
+            all_attentions if output_attentions else None,
+        )
+
+    def _check_arguments(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        past_key_values: Cache | None,
+        output_attentions: bool,
+    ) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds, not both and not neither.")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; pass the Cache object that the model "
+                "returned."
+            )
+        if output_attentions and self.config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation {self.config._attn_implementation!r} keeps no attention weights; for "
+                "output_attentions load the model with attn_implementation='eager'."
+            )
+        if input_ids is not None:
+            self._check_ids(input_ids, past_key_values)
 
     def _check_ids(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> None:
         if input_ids.dim() != 2 or not input_ids.numel() or input_ids.is_floating_point():
