@@ -170,7 +170,7 @@ def typed_messages() -> Iterator[str]:
 
 
 def _default_max_length(model: ChatGLMForConditionalGeneration) -> int:
-    from chatglm.hub.modeling_chatglm import CHAT_DEFAULTS
+    from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
 
     published = CHAT_DEFAULTS[model.config.family]["max_length"]
     return min(published, model.config.max_position_embeddings)
