@@ -111,6 +111,16 @@ def check_prompt(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
             )
 
 
+def check_packed(packed: torch.Tensor, input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
+    """Raise ValueError for plain positions 0, 1, 2, ... of a prompt: its context has block 0 throughout."""
+    context = is_context(input_ids, config)
+    if config.position_encoding_2d and (unpack_positions(packed)[1].expand_as(context)[context] != 0).any():
+        raise ValueError(
+            "position_ids of shape (batch, length) must be packed by pack_positions for ChatGLM-6B, whose tokens have "
+            "two positions; pass (batch, 2, length), or leave them out."
+        )
+
+
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of the positions in one call, shared by all layers.
 
@@ -784,6 +794,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids = self._glm_positions(input_ids, length, attention_mask, past_key_values)
         elif position_ids.dim() == 3:
             position_ids = pack_positions(position_ids)
+        elif input_ids is not None and length > 1 and not torch.compiler.is_compiling() and not past:
+            check_packed(position_ids, input_ids, self.config)
         if past_key_values is not None and (derived or not torch.compiler.is_compiling()):
             # What comes next on this cache, for callers who pass no positions.
             past_key_values.glm_next_position = (past + length, position_ids[:, -1:] + 1)
