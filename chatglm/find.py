@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 OURS = {name: Path(__file__).parent / "models" / name for name in ("demo", "demo-v1")}
+MODEL_HELP = "a folder, a Hub name (owner/model), demo or demo-v1 (default: demo)"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is fetched of a repository. Python files are not among it: only our own code runs.
 SMALL_FILES = ["*.json", "*.model"]

@@ -16,6 +16,7 @@ import chatglm
 import chatglm.loading
 from chatglm.cli import main
 from chatglm.cli.chat import UNPRINTABLE, Chat, add_arguments, converse, reply, typed_messages
+from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["info", "--help"], ["--version"]])
@@ -76,6 +77,15 @@ def test_a_value_out_of_range_is_refused_by_name(option: list[str], capsys: pyte
         main(["chat", *option])
     assert caught.value.code == 2
     assert option[0] in capsys.readouterr().err
+
+
+def test_the_help_of_chat_tells_the_published_defaults(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    first, second = CHAT_DEFAULTS["chatglm"], CHAT_DEFAULTS["chatglm2"]
+    for name in ("max_length", "temperature", "top_p"):
+        assert f"{first[name]} for ChatGLM-6B, {second[name]} for ChatGLM2-6B" in text
 
 
 def test_every_option_of_chat_is_parsed():

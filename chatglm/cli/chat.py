@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint
-from chatglm.find import find_checkpoint
+from chatglm.find import MODEL_HELP, find_checkpoint
 from chatglm.streaming import History, new_text
 
 if TYPE_CHECKING:
@@ -23,15 +23,20 @@ ROOM = 256  # tokens an answer should have at least, or a quarter of a shorter c
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", nargs="?", default="demo", help="a folder, a Hub name, demo or demo-v1")
-    add("--revision", help="branch, tag or commit of a Hub name")
-    add("--device", help="cpu, cuda, cuda:1 or mps; unless given, the fastest there is")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="unless given, by device")
+    add("model", nargs="?", default="demo", help=MODEL_HELP)
+    add("--revision", help="branch, tag or commit of a Hub name (default: main)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the first there is of cuda, mps, cpu)")
+    dtypes = ["float32", "float16", "bfloat16"]
+    own = "the checkpoint's own; on a CPU float32, or bfloat16 from a billion parameters on"
+    add("--dtype", choices=dtypes, help=f"what it computes in (default: {own})")
     add("--quantize", type=int, choices=[4, 8], help="pack the weights into so many bits")
-    add("--max-length", type=whole_number, help="tokens of prompt and answer together")
-    add("--temperature", type=temperature, help="0 takes the likeliest token each time")
-    add("--top-p", type=share, help="choose among the likeliest tokens with this share")
-    add("--seed", type=int, help="the same seed gives the same answers")
+    lengths = "2048 for ChatGLM-6B, 8192 for ChatGLM2-6B, less for models with a shorter context"
+    add("--max-length", type=whole_number, help=f"tokens of prompt and answer (default: {lengths})")
+    temperatures = "0.95 for ChatGLM-6B, 0.8 for ChatGLM2-6B"
+    add("--temperature", type=temperature, help=f"0: always the likeliest (default: {temperatures})")
+    shares = "0.7 for ChatGLM-6B, 0.8 for ChatGLM2-6B"
+    add("--top-p", type=share, help=f"choose among the likeliest with this share (default: {shares})")
+    add("--seed", type=int, help="the same seed gives the same answers (default: another each time)")
 
 
 def run(arguments: argparse.Namespace) -> None:

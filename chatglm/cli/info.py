@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint, read_config
-from chatglm.find import download, local_folder
+from chatglm.find import MODEL_HELP, download, local_folder
 
 FAMILY_NAMES = {
     "chatglm": "ChatGLM-6B architecture",
@@ -24,8 +24,8 @@ CACHE_TOKENS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="demo", help="a folder, a Hub name, demo or demo-v1")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
+    parser.add_argument("model", nargs="?", default="demo", help=MODEL_HELP)
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub name (default: main)")
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
