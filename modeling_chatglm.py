@@ -762,9 +762,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         if not isinstance(mask, torch.Tensor):
             return
-        shape, expected = tuple(mask.shape), {2: (batch, past + length), 4: (batch, 1, length, past + length)}
+        columns = past + length  # a static cache has room for more
+        if past_key_values is not None:
+            columns = past_key_values.get_mask_sizes(length, 0)[0]
+        shape, expected = tuple(mask.shape), {2: (batch, past + length), 4: (batch, 1, length, columns)}
         fits = shape == expected.get(mask.dim()) and (mask.dim() == 2 or mask.dtype == torch.bool)
-        # Drawn by the library for a static or paged cache: added to the scores, with columns to spare.
+        # Drawn by the library: added to the scores; over a paged cache with columns of its own number.
         drawn = mask.dim() == 4 and mask.is_floating_point() and shape[2] == length and shape[3] >= length
         if not fits and not drawn:
             raise ValueError(
@@ -843,13 +846,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> torch.Tensor | None:
         """The mask that the attention function takes; a P-Tuning prefix is visible to every token."""
         if attention_mask is not None and attention_mask.dim() == 4:
-            mask = attention_mask
-            if mask.dtype == torch.bool:
-                mask = ~mask  # published: True = masked; attention functions: True = may see
-                if self.config._attn_implementation != "sdpa":  # the others add masks to the scores
-                    mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(
-                        inputs_embeds.dtype
-                    )
+            mask = self._four_dimensional_mask(attention_mask)
         else:
             blocks = None
             if self.config.family == CHATGLM and inputs_embeds.shape[1] > 1:
@@ -869,11 +866,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError(
                 "A P-Tuning prefix works with attn_implementation 'sdpa' or 'eager', not 'flex_attention'."
             )
-        return F.pad(
-            mask,
-            (self.config.pre_seq_len, 0),
-            value=1 if mask.dtype in (torch.bool, torch.long) else 0,
-        )
+        visible = 0 if mask.is_floating_point() else 1
+        return F.pad(mask, (self.config.pre_seq_len, 0), value=visible)
+
+    def _four_dimensional_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        implementation = self.config._attn_implementation
+        if implementation.startswith(("flex", "flash")):
+            raise ValueError(
+                f"attn_implementation {implementation!r} takes 2-D masks only; use 'sdpa' or 'eager' for a 4-D "
+                "attention_mask."
+            )
+        # Published: True = masked; attention functions: True = may see.
+        return ~mask if mask.dtype == torch.bool else mask
 
     def _context_blocks(
         self,
@@ -1097,8 +1101,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             return attention_mask
         mask = create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
         if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
-            # A boolean one would be taken for the published kind, whose True means the opposite.
-            mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype)
+            return ~mask  # the published kind, which `forward` expects of a boolean one
         return mask
 
     def stream_generate(
