@@ -135,6 +135,12 @@ def test_the_same_seed_gives_the_same_answers(tiny_v2_folder: Path, pipe):
     assert first != pipe("你好\n", *options, "4")
 
 
+def test_a_model_of_ours_gives_its_likeliest_answer(pipe):
+    model, tokenizer = chatglm.load("demo", device="cpu")
+    expected, _ = model.chat(tokenizer, "你好", do_sample=False)
+    assert pipe("你好\n", "chat", "--device", "cpu") == (0, f"{expected}\n", "")
+
+
 def test_a_prompt_without_room_ends_in_one_sentence(tiny_v2_folder: Path, pipe):
     status, _, error = pipe("你好\n", "chat", str(tiny_v2_folder), "--max-length", "5")
     assert status == 1

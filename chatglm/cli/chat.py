@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint
-from chatglm.find import MODEL_HELP, find_checkpoint
+from chatglm.find import MODEL_HELP, OURS, find_checkpoint
 from chatglm.streaming import History, new_text
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantize", type=int, choices=[4, 8], help="pack the weights into so many bits")
     lengths = "2048 for ChatGLM-6B, 8192 for ChatGLM2-6B, less for models with a shorter context"
     add("--max-length", type=whole_number, help=f"tokens of prompt and answer (default: {lengths})")
-    temperatures = "0.95 for ChatGLM-6B, 0.8 for ChatGLM2-6B"
+    temperatures = "0.95 for ChatGLM-6B, 0.8 for ChatGLM2-6B, 0 for demo and demo-v1"
     add("--temperature", type=temperature, help=f"0: always the likeliest (default: {temperatures})")
     shares = "0.7 for ChatGLM-6B, 0.8 for ChatGLM2-6B"
     add("--top-p", type=share, help=f"choose among the likeliest with this share (default: {shares})")
@@ -69,7 +69,7 @@ def _chat_with(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
         model,
         tokenizer,
         max_length=arguments.max_length,
-        temperature=arguments.temperature,
+        temperature=_temperature(arguments),
         top_p=arguments.top_p,
     )
     if sys.stdin.isatty():
@@ -179,6 +179,12 @@ def _default_max_length(model: ChatGLMForConditionalGeneration) -> int:
 
     published = CHAT_DEFAULTS[model.config.family]["max_length"]
     return min(published, model.config.max_position_embeddings)
+
+
+def _temperature(arguments: argparse.Namespace) -> float | None:
+    if arguments.temperature is None and arguments.model in OURS:
+        return 0.0  # so small a model knows one answer at most
+    return arguments.temperature
 
 
 def whole_number(text: str) -> int:
