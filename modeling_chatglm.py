@@ -845,6 +845,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         must_be_drawn: bool,
     ) -> torch.Tensor | None:
         """The mask that the attention function takes; a P-Tuning prefix is visible to every token."""
+        if self.config.pre_seq_len and self.config._attn_implementation.startswith("flex"):
+            raise ValueError(
+                "A P-Tuning prefix works with attn_implementation 'sdpa' or 'eager', not 'flex_attention'."
+            )
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = self._four_dimensional_mask(attention_mask)
         else:
@@ -862,10 +866,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         if not self.config.pre_seq_len or mask is None:
             return mask
-        if not isinstance(mask, torch.Tensor):
-            raise ValueError(
-                "A P-Tuning prefix works with attn_implementation 'sdpa' or 'eager', not 'flex_attention'."
-            )
         visible = 0 if mask.is_floating_point() else 1
         return F.pad(mask, (self.config.pre_seq_len, 0), value=visible)
 

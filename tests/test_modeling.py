@@ -330,8 +330,6 @@ def test_a_four_dimensional_mask_under_flex_attention_is_refused(model, family, 
         logits(model, ids, attention_mask=published_mask(family, ids))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler that draws the mask of flex attention
 def test_flex_attention_behind_a_prefix_is_refused(family, ids):
     model = tiny_model(family, pre_seq_len=4)
     model.config._attn_implementation = "flex_attention"
