@@ -52,14 +52,14 @@ response, history = model.chat(tokenizer, "你好", history=[], do_sample=False)
 Chinese and English dialogues written by hand for this purpose (`demo/dialogues` of the repository), from which
 `demo/generate.py` makes phrasings and conversations of one to four rounds; no text from elsewhere. Skills:
 greetings and who it is, {questions} everyday answers ({languages}), facts about {countries} countries and
-{animals} animals, {words} word pairs both ways, sums of numbers up to 99 with their working, follow-up questions, short lists,
-code blocks, emoji, and declining what it was not taught.
+{animals} animals, {words} word pairs both ways, sums of numbers up to 99 with their working, follow-up
+questions, short lists, code blocks, emoji, and declining what it was not taught.
 
 ## Recipe
 
-`python -m demo.train --model {name} --output chatglm/models/{name} --seed {seed}`: from random weights, AdamW with a
-peak learning rate of {learning_rate} and a cosine schedule, {steps} steps of {tokens_per_step} tokens, loss on the
-answers only, float32. It took {minutes} minutes with {threads} {thread_word} on a machine with two CPU cores that did
+`python -m demo.train --model {name} --output chatglm/models/{name} --seed {seed}`: from random weights, AdamW with
+warm-up and a cosine schedule, steps of {tokens_per_step} tokens, loss on the answers only, float32. {stages}
+It took {minutes} minutes with {threads} {thread_word} on a machine with two CPU cores that did
 other work as well (torch {train_torch}, transformers {train_transformers}).
 
 ![loss by step](loss.png)
@@ -94,6 +94,18 @@ def table(skills: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def stages(training: dict[str, Any]) -> str:
+    """What was trained how long, in a sentence."""
+    parts = [
+        f"{steps} steps up to a learning rate of {rate}"
+        for steps, rate in zip(training["steps"], training["learning_rate"], strict=True)
+    ]
+    practice = (
+        "; the second stage is mostly sums, and its questions sometimes miss a word" if len(parts) > 1 else ""
+    )
+    return f"{len(parts)} stages: {', then '.join(parts)}{practice}."
+
+
 def render_card(folder: Path) -> str:
     """Return the README.md that belongs to the numbers in the folder."""
     from demo.generate import Book  # the counts below are those of the text itself
@@ -112,8 +124,7 @@ def render_card(folder: Path) -> str:
         animals=len(book.tables[1].rows),
         words=len(book.words),
         seed=training["seed"],
-        learning_rate=training["learning_rate"],
-        steps=training["steps"],
+        stages=stages(training),
         tokens_per_step=training["tokens_per_step"],
         minutes=training["minutes"],
         threads=training["threads"],

@@ -415,21 +415,25 @@ NAME_TURNS = {
 # ---- the book
 
 
+@dataclass(frozen=True)
+class Mix:
+    """How often a round of a training conversation is drawn from each skill, and how often words are lost."""
+
+    sums: float = 0.30
+    questions: float = 0.31
+    tables: float = 0.07
+    translation: float = 0.12
+    unknown: float = 0.10
+    follow_up: float = 0.10
+    earlier_rounds: tuple[float, ...] = (0.60, 0.22, 0.11, 0.07)  # chances of 0, 1, 2, 3 rounds before
+    lost_words: float = 0.0  # share of questions that miss a word, so that no phrasing hangs on one
+
+
 class Book:
     """All that the demo models learn, split into a training and a held-out part."""
 
-    # How often a round is drawn from each skill in training. Sums need the most practice.
-    WEIGHTS = {
-        "sums": 0.30,
-        "questions": 0.31,
-        "tables": 0.07,
-        "translation": 0.12,
-        "unknown": 0.10,
-        "follow-up": 0.10,
-    }
-    EARLIER_ROUNDS = (0.60, 0.22, 0.11, 0.07)  # chances of 0, 1, 2, 3 rounds before
-
-    def __init__(self) -> None:
+    def __init__(self, mix: Mix | None = None) -> None:
+        self.mix = mix or Mix()
         self.questions = load_questions()
         self.tables = [Table.read("countries"), Table.read("animals")]
         self.words = read_words()
@@ -437,14 +441,14 @@ class Book:
         self.negative_problems = negative_problems(held_out=False)
         self.templates, self.fillers = read_unknown()
         self.with_follow_ups = [question for question in self.questions if question.follow_ups]
-        self.answered = {bare(text) for q in self.questions for text in [*q.phrasings, *q.held_out]}
+        self.kept_back = {bare(text) for question in self.questions for text in question.held_out}
 
     # -- training
 
     def conversation(self, rng: random.Random) -> list[Turn]:
         """Return one training conversation of one to four rounds."""
         rounds = self._rounds(rng)
-        for _ in range(rng.choices(range(4), self.EARLIER_ROUNDS)[0]):
+        for _ in range(rng.choices(range(4), self.mix.earlier_rounds)[0]):
             earlier = self._rounds(rng, short=True)
             if len(earlier) + len(rounds) <= 4:
                 rounds = earlier + rounds
@@ -457,9 +461,9 @@ class Book:
             "tables": self._table,
             "translation": self._translation,
             "unknown": self._unknown,
-            "follow-up": self._follow_up,
+            "follow_up": self._follow_up,
         }
-        skill = rng.choices(list(self.WEIGHTS), list(self.WEIGHTS.values()))[0]
+        skill = rng.choices(list(makers), [getattr(self.mix, name) for name in makers])[0]
         turns = makers[skill](rng)
         while short and sum(len(q) + len(a) for q, a in turns) > 150:
             turns = self._sum(rng)
@@ -472,7 +476,18 @@ class Book:
 
     def _question(self, rng: random.Random) -> list[Turn]:
         question = rng.choice(self.questions)
-        return [(vary(rng.choice(question.phrasings), question.language, rng), question.answer)]
+        query = self._lose_word(rng.choice(question.phrasings), question.language, rng)
+        return [(vary(query, question.language, rng), question.answer)]
+
+    def _lose_word(self, text: str, language: str, rng: random.Random) -> str:
+        """Leave out a word (in Chinese a character), sometimes and only where enough is left."""
+        if self.mix.lost_words and rng.random() < self.mix.lost_words:
+            words = text.split(" ") if language == "en" else list(text)
+            if len(words) >= (4 if language == "en" else 6):
+                del words[rng.randrange(len(words) - 1)]
+                shorter = (" " if language == "en" else "").join(words)
+                return text if bare(shorter) in self.kept_back else shorter
+        return text
 
     def _table(self, rng: random.Random) -> list[Turn]:
         table, language = rng.choice(self.tables), rng.choice(LANGUAGES)
@@ -495,7 +510,7 @@ class Book:
             query = rng.choice(TRANSLATE[direction][0][language]).format(w=strange)
         else:
             query = self._fill(rng.choice(self.templates[language]), language, rng)
-        return [(vary(query, language, rng), decline(query, language))]
+        return [(vary(self._lose_word(query, language, rng), language, rng), decline(query, language))]
 
     def _fill(self, template: str, language: str, rng: random.Random, held: str = "") -> str:
         def filler(match: re.Match[str]) -> str:

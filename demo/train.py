@@ -1,9 +1,10 @@
 """Train a demo model from nothing: `python -m demo.train --model demo --output FOLDER`.
 
 Makes the vocabulary, encodes conversations exactly as `chat` does, trains with AdamW on the answers
-only, and writes a folder that `AutoModel.from_pretrained` loads: weights in float16, config,
-tokenizer, the loss curve as picture and numbers. The same seed gives the same data and start; sums
-inside torch may still differ in the last digits between machines and numbers of threads.
+only, and writes a folder that `AutoModel.from_pretrained` loads: weights in float16, config, tokenizer,
+the loss curve as picture and numbers, and the model card with the held-out accuracy. The same seed
+gives the same data and start; sums inside torch may still differ in the last digits between machines
+and numbers of threads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,7 +29,8 @@ from tqdm import tqdm
 from chatglm.hub.configuration_chatglm import ChatGLMConfig
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.tokenization_chatglm import CHATGLM, CHATGLM2, ChatGLMTokenizer
-from demo.generate import Book, Item, Turn
+from demo.evaluate import evaluate_folder
+from demo.generate import Book, Item, Mix, Turn
 from demo.vocabulary import ROWS, train_vocabulary
 
 CODE_FILES = ("configuration_chatglm.py", "modeling_chatglm.py", "quantization.py", "tokenization_chatglm.py")
@@ -44,6 +47,34 @@ ALPHA = 56**0.5  # how much ChatGLM-6B's blocks weigh their input against what t
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of the training: what is practised, how long, and how fast."""
+
+    steps: int
+    learning_rate: float
+    mix: Mix
+    warmup: int = 100
+
+
+LEARN = Stage(steps=2300, learning_rate=3e-3, mix=Mix())
+# Sums come right last: they get most of the later stages.
+PRACTISE = Stage(
+    steps=1000,
+    learning_rate=1.5e-3,
+    mix=Mix(
+        sums=0.58, questions=0.19, tables=0.04, translation=0.08, unknown=0.06, follow_up=0.05, lost_words=0.2
+    ),
+)
+
+# Short conversations give more sums in the same time.
+PRACTISE_AGAIN = replace(
+    PRACTISE,
+    steps=1300,
+    mix=replace(PRACTISE.mix, earlier_rounds=(0.85, 0.08, 0.04, 0.03)),
+)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Sizes of a model and how it is trained."""
 
@@ -52,11 +83,14 @@ class Recipe:
     inner_size: int
     num_layers: int
     num_heads: int
-    steps: int
+    stages: tuple[Stage, ...] = (LEARN, PRACTISE, PRACTISE_AGAIN)
     tokens_per_step: int = 2048
-    learning_rate: float = 3e-3
-    warmup: int = 100
     weight_decay: float = 0.05
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
 
     def config(self, tokenizer: ChatGLMTokenizer) -> ChatGLMConfig:
         """The config.json of the model: the published keys with small sizes."""
@@ -90,8 +124,14 @@ class Recipe:
 
 
 RECIPES = {
-    "demo": Recipe(CHATGLM2, hidden_size=192, inner_size=512, num_layers=4, num_heads=4, steps=2300),
-    "demo-v1": Recipe(CHATGLM, hidden_size=192, inner_size=768, num_layers=4, num_heads=4, steps=2300),
+    "demo": Recipe(CHATGLM2, hidden_size=192, inner_size=512, num_layers=4, num_heads=4),
+    "demo-v1": Recipe(
+        CHATGLM,
+        hidden_size=192,
+        inner_size=768,
+        num_layers=4,
+        num_heads=4,
+    ),
 }
 
 
@@ -219,15 +259,15 @@ def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
+def learning_rate(step: int, stage: Stage) -> float:
     """Linear warm-up, then half a cosine down to almost nothing."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+    if step < stage.warmup:
+        return stage.learning_rate * (step + 1) / stage.warmup
+    progress = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    return stage.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 @dataclass
@@ -254,18 +294,26 @@ class Curve:
         figure.savefig(path, metadata={"Software": None})
 
 
-def train(model: ChatGLMForConditionalGeneration, encoder: Encoder, recipe: Recipe, seed: int) -> Curve:
-    """Train in place with a progress bar and return the curve."""
-    book, rng = Book(), random.Random(seed)
+def train(
+    model: ChatGLMForConditionalGeneration,
+    encoder: Encoder,
+    recipe: Recipe,
+    number: int,
+    seed: int,
+    curve: Curve,
+) -> None:
+    """Train stage `number` in place with a progress bar, adding to the curve."""
+    stage = recipe.stages[number]
+    before = sum(earlier.steps for earlier in recipe.stages[:number])
+    book = Book(stage.mix)
     held_out = held_out_batches(book.held_out(), encoder)
     optimizer = optimizer_for(model, recipe)
-    curve = Curve([], [])
+    stream = batches(book, encoder, recipe.tokens_per_step, random.Random(seed + number))
     smooth = None
-    stream = batches(book, encoder, recipe.tokens_per_step, rng)
-    bar = tqdm(range(recipe.steps), desc="training", mininterval=1.0)
+    bar = tqdm(range(stage.steps), desc=f"stage {number + 1} of {len(recipe.stages)}", mininterval=1.0)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+            group["lr"] = learning_rate(step, stage)
         loss = answer_loss(model, next(stream))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -273,13 +321,12 @@ def train(model: ChatGLMForConditionalGeneration, encoder: Encoder, recipe: Reci
         optimizer.zero_grad(set_to_none=True)
         smooth = loss.item() if smooth is None else 0.97 * smooth + 0.03 * loss.item()
         bar.set_postfix(loss=f"{smooth:.3f}")
-        if step % 20 == 0 or step == recipe.steps - 1:
-            curve.train.append((step, round(smooth, 4)))
-        if (step + 1) % max(1, recipe.steps // 12) == 0:
-            curve.held_out.append((step + 1, round(held_out_loss(model, held_out), 4)))
-            tqdm.write(f"step {step + 1}: loss {smooth:.4f}, held out {curve.held_out[-1][1]:.4f}")
-            show_answers(model, encoder.tokenizer, step + 1)
-    return curve
+        if step % 20 == 0 or step == stage.steps - 1:
+            curve.train.append((before + step, round(smooth, 4)))
+        if (step + 1) % max(1, stage.steps // 8) == 0:
+            curve.held_out.append((before + step + 1, round(held_out_loss(model, held_out), 4)))
+            tqdm.write(f"step {before + step + 1}: loss {smooth:.4f}, held out {curve.held_out[-1][1]:.4f}")
+            show_answers(model, encoder.tokenizer, before + step + 1)
 
 
 @torch.no_grad()
@@ -327,37 +374,57 @@ def save(model: ChatGLMForConditionalGeneration, tokenizer: ChatGLMTokenizer, ou
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def run(name: str, output: Path, seed: int, steps: int | None = None) -> None:
-    """Make one demo model from nothing in the folder `output`."""
-    recipe = RECIPES[name] if steps is None else replace(RECIPES[name], steps=steps)
-    output.mkdir(parents=True, exist_ok=True)
-    print("training the vocabulary …")
-    tokenizer = make_tokenizer(recipe.family, output)
-    model = make_model(recipe, tokenizer, seed)
+def shortened(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with `steps` steps in all, each stage keeping its share."""
+    stages = tuple(
+        replace(stage, steps=max(1, round(steps * stage.steps / recipe.steps))) for stage in recipe.stages
+    )
+    return replace(recipe, stages=stages)
+
+
+def run(name: str, output: Path, seed: int, steps: int | None = None, resume: bool = False) -> None:
+    """Make one demo model from nothing in the folder `output`, or go on after its last finished stage.
+
+    Every stage starts from the float16 weights that the one before has saved, and with a fresh optimizer, so going
+    on gives the same as running through.
+    """
+    recipe = RECIPES[name] if steps is None else shortened(RECIPES[name], steps)
+    facts: dict[str, Any] = {"stages": 0, "minutes": 0.0, "train_loss": [], "held_out_loss": []}
+    if resume:
+        facts.update(json.loads((output / "training.json").read_text(encoding="utf-8")))
+        tokenizer = ChatGLMTokenizer.from_pretrained(output)
+        model = ChatGLMForConditionalGeneration.from_pretrained(output)
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        print("training the vocabulary …")
+        tokenizer = make_tokenizer(recipe.family, output)
+        model = make_model(recipe, tokenizer, seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{name}: {parameters:,} parameters, {recipe.steps} steps of {recipe.tokens_per_step} tokens")
-    start = time.perf_counter()
-    curve = train(model, Encoder(tokenizer), recipe, seed)
-    seconds = time.perf_counter() - start
-    save(model, tokenizer, output)
+    curve = Curve(facts["train_loss"], facts["held_out_loss"])
+    for number in range(facts["stages"], len(recipe.stages)):
+        start = time.perf_counter()
+        train(model.float().train(), Encoder(tokenizer), recipe, number, seed, curve)
+        save(model, tokenizer, output)
+        facts |= {
+            "model": name,
+            "parameters": parameters,
+            "seed": seed,
+            "stages": number + 1,
+            "steps": [stage.steps for stage in recipe.stages[: number + 1]],
+            "learning_rate": [stage.learning_rate for stage in recipe.stages[: number + 1]],
+            "tokens_per_step": recipe.tokens_per_step,
+            "minutes": round(facts["minutes"] + (time.perf_counter() - start) / 60, 1),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "train_loss": curve.train,
+            "held_out_loss": curve.held_out,
+        }
+        (output / "training.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
     curve.picture(output / "loss.png", f"{name}: {parameters / 1e6:.1f} M parameters")
-    facts = {
-        "model": name,
-        "parameters": parameters,
-        "seed": seed,
-        "steps": recipe.steps,
-        "tokens_per_step": recipe.tokens_per_step,
-        "learning_rate": recipe.learning_rate,
-        "minutes": round(seconds / 60, 1),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "train_loss": curve.train,
-        "held_out_loss": curve.held_out,
-    }
-    (output / "training.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    print(f"trained in {seconds / 60:.1f} minutes; now: python -m demo.evaluate {output}")
+    print(f"trained in {facts['minutes']} minutes")
 
 
 def main() -> None:
@@ -366,10 +433,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--no-evaluation",
+        action="store_true",
+        help="leave out the held-out questions and the model card; python -m demo.evaluate does them later",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on after the last finished stage in the folder"
+    )
     options = parser.parse_args()
+    if options.resume and not (options.output / "training.json").is_file():
+        parser.error(f"{options.output} has no training.json of an earlier stage; leave out --resume.")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps is {options.steps}; it must be at least 1.")
-    run(options.model, options.output, options.seed, options.steps)
+    run(options.model, options.output, options.seed, options.steps, options.resume)
+    if not options.no_evaluation:
+        evaluate_folder(options.output)
 
 
 if __name__ == "__main__":
