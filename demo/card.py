@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from demo.generate import TAUGHT, Book
+
 ARCHITECTURE = {
     "demo": "ChatGLM2 architecture (multi-query attention, RMSNorm, SwiGLU) with a vocabulary of its own: byte pairs\n"
     "with byte fallback",
@@ -13,6 +15,7 @@ ARCHITECTURE = {
     "pieces in the manner of `ice_text.model`",
 }
 WHAT_IS_HELD_OUT = {
+    TAUGHT: "nothing: questions just as in the training data, to compare",
     "greetings and identity": "phrasings of taught questions that training never shows",
     "everyday questions": "phrasings of taught questions that training never shows",
     "lists, code and emoji": "phrasings of taught questions that training never shows",
@@ -21,7 +24,7 @@ WHAT_IS_HELD_OUT = {
     "sums": "problems never shown in any phrasing, results of at least 0",
     "sums with a negative result": "problems never shown in any phrasing",
     "follow-up": "a follow-up never shown for this thing (「它…」, “it …”, “and …?”)",
-    "any skill after other rounds": "held-out questions of all skills above after 1 to 4 other rounds",
+    "any skill after other rounds": "held-out questions of all skills above after 1 to 3 other rounds",
     "unknown questions": "must be declined; other names, topics and phrasings than in training",
 }
 CARD = """---
@@ -58,15 +61,19 @@ questions, short lists, code blocks, emoji, and declining what it was not taught
 ## Recipe
 
 `python -m demo.train --model {name} --output chatglm/models/{name} --seed {seed}`: from random weights, AdamW with
-warm-up and a cosine schedule, steps of {tokens_per_step} tokens, loss on the answers only, float32. {stages}
-It took {minutes} minutes with {threads} {thread_word} on a machine with two CPU cores that did
-other work as well (torch {train_torch}, transformers {train_transformers}).
+warm-up and a cosine schedule, steps of {tokens_per_step} tokens, loss on the answers only, float32, in stages:
+
+{stages}
+
+It took {minutes} minutes with {threads} {thread_word} on a machine with two CPU cores that did other work as well
+(torch {train_torch}, transformers {train_transformers}).
 
 ![loss by step](loss.png)
 
 ## Held-out accuracy
 
-Greedy answers that equal the expected text exactly; nothing asked here was in the training data in this form.
+Greedy answers that equal the expected text exactly. But for the first line, nothing asked here was in the training
+data in this form.
 
 {table}
 
@@ -74,9 +81,11 @@ Greedy answers that equal the expected text exactly; nothing asked here was in t
 
 ## Limits
 
-- It answers what it was taught and guesses at what sounds alike; unknown questions are mostly, not always, declined.
+- It answers what it was taught, in the words it was taught. Other words for the same question often get the answer
+  to another one; unknown questions are mostly, not always, declined.
+- Sums: with numbers up to 99 only, and not always right.
 - Long conversations: trained on at most four rounds of short texts.
-- Sampling (the default of `chat`) is less reliable than `do_sample=False`.
+- Sampling, the default of `chat` in the published code, is less reliable than `do_sample=False`.
 
 ## Licence
 
@@ -95,21 +104,21 @@ def table(skills: dict[str, dict[str, Any]]) -> str:
 
 
 def stages(training: dict[str, Any]) -> str:
-    """What was trained how long, in a sentence."""
-    parts = [
-        f"{steps} steps up to a learning rate of {rate}"
-        for steps, rate in zip(training["steps"], training["learning_rate"], strict=True)
+    """What was trained how long, a line for each stage."""
+    contents = [
+        "everything",
+        "mostly sums; questions sometimes miss a word",
+        "everything, in short conversations",
     ]
-    practice = (
-        "; the second stage is mostly sums, and its questions sometimes miss a word" if len(parts) > 1 else ""
+    numbers = zip(training["steps"], training["learning_rate"], contents, strict=False)
+    return "\n".join(
+        f"{number}. {steps} steps up to a learning rate of {rate}: {content}"
+        for number, (steps, rate, content) in enumerate(numbers, 1)
     )
-    return f"{len(parts)} stages: {', then '.join(parts)}{practice}."
 
 
 def render_card(folder: Path) -> str:
     """Return the README.md that belongs to the numbers in the folder."""
-    from demo.generate import Book  # the counts below are those of the text itself
-
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     book = Book()

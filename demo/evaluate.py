@@ -75,7 +75,8 @@ def evaluate(folder: Path) -> dict[str, Any]:
     model = ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = ChatGLMTokenizer.from_pretrained(folder)
     start = time.perf_counter()
-    skills = score(tokenizer, ask(model, tokenizer, Book().held_out(), progress=True))
+    book = Book()
+    skills = score(tokenizer, ask(model, tokenizer, [*book.taught(), *book.held_out()], progress=True))
     return {
         "skills": skills,
         "command": f"python -m demo.evaluate chatglm/models/{folder.resolve().name}",

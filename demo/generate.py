@@ -13,7 +13,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 DIALOGUES = Path(__file__).with_name("dialogues")
@@ -28,6 +28,7 @@ TOPICS = {  # file -> the skill it is counted under
     "life": "everyday questions",
     "special": "lists, code and emoji",
 }
+TAUGHT = "questions as taught"
 SHARE = 0.1  # of the combinations of a table that are held out
 LARGEST = 99  # in sums
 
@@ -124,6 +125,23 @@ def load_questions() -> list[Question]:
             else:
                 questions.append(Question(skill, language, answer, train, out))
     return questions
+
+
+def load_core(questions: list[Question]) -> list[Question]:
+    """Return all greetings, and what else core.txt names, with the phrasings that it adds."""
+    added: dict[str, list[str]] = {}
+    for line in (DIALOGUES / "core.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            first, more = line.split(" => ")
+            added[first] = [text.strip() for text in more.split("|")]
+    core = []
+    for question in questions:
+        more = added.pop(question.phrasings[0], [])
+        if more or question.skill == TOPICS["greetings"]:
+            core.append(replace(question, phrasings=question.phrasings + more, held_out=[]))
+    if added:
+        raise ValueError(f"core.txt names {next(iter(added))!r}, which no dialogue file begins with.")
+    return core
 
 
 # ---- tables: countries, animals, words
@@ -425,6 +443,7 @@ class Mix:
     translation: float = 0.12
     unknown: float = 0.10
     follow_up: float = 0.10
+    core: float = 0.0  # greetings and identity, in more ways
     earlier_rounds: tuple[float, ...] = (0.60, 0.22, 0.11, 0.07)  # chances of 0, 1, 2, 3 rounds before
     lost_words: float = 0.0  # share of questions that miss a word, so that no phrasing hangs on one
 
@@ -442,6 +461,10 @@ class Book:
         self.templates, self.fillers = read_unknown()
         self.with_follow_ups = [question for question in self.questions if question.follow_ups]
         self.kept_back = {bare(text) for question in self.questions for text in question.held_out}
+        self.core = load_core(self.questions)
+        spoken = {bare(text) for question in self.core for text in question.phrasings}
+        for question in self.questions:
+            question.held_out = [text for text in question.held_out if bare(text) not in spoken]
 
     # -- training
 
@@ -462,6 +485,7 @@ class Book:
             "translation": self._translation,
             "unknown": self._unknown,
             "follow_up": self._follow_up,
+            "core": self._core,
         }
         skill = rng.choices(list(makers), [getattr(self.mix, name) for name in makers])[0]
         turns = makers[skill](rng)
@@ -478,6 +502,10 @@ class Book:
         question = rng.choice(self.questions)
         query = self._lose_word(rng.choice(question.phrasings), question.language, rng)
         return [(vary(query, question.language, rng), question.answer)]
+
+    def _core(self, rng: random.Random) -> list[Turn]:
+        question = rng.choice(self.core)
+        return [(vary(rng.choice(question.phrasings), question.language, rng), question.answer)]
 
     def _lose_word(self, text: str, language: str, rng: random.Random) -> str:
         """Leave out a word (in Chinese a character), sometimes and only where enough is left."""
@@ -608,6 +636,15 @@ class Book:
         alone = [*self._held_questions(), *self._held_tables(rng), *self._held_sums(rng)]
         alone += [*self._held_translations(rng), *self._held_unknown(rng)]
         return [*alone, *self._held_follow_ups(rng), *self._held_with_history(alone, rng)]
+
+    def taught(self, number: int = 200) -> list[Item]:
+        """Return questions in phrasings that training does show, to compare with."""
+        items = [
+            Item(TAUGHT, question.language, (), text, question.answer)
+            for question in self.questions
+            for text in question.phrasings
+        ]
+        return random.Random(1).sample(items, number)
 
     def _held_questions(self) -> list[Item]:
         return [

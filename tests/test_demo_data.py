@@ -31,7 +31,7 @@ def book() -> Book:
     return Book()
 
 
-@pytest.fixture(scope="module", params=range(len(train.RECIPES["demo"].stages)), ids=["stage 1", "stage 2"])
+@pytest.fixture(scope="module", params=range(len(train.RECIPES["demo"].stages)), ids="stage {}".format)
 def conversations(request) -> list[list[tuple[str, str]]]:
     book = Book(train.RECIPES["demo"].stages[request.param].mix)
     rng = random.Random(SEED_OF_THE_RECIPE + request.param)
@@ -107,9 +107,15 @@ def test_every_question_can_be_asked_in_both_languages(book):
 
 def test_no_phrasing_asks_for_two_answers(book):
     answers: dict[str, str] = {}
-    for question in book.questions:
+    for question in book.questions + book.core:
         for text in [*question.phrasings, *question.held_out]:
             assert answers.setdefault(bare(text), question.answer) == question.answer, text
+
+
+def test_what_everybody_says_first_is_never_held_out(book):
+    spoken = {text for question in book.core for text in question.phrasings}
+    assert {"你好", "hi", "你是谁？", "你叫什么名字？", "Who are you?", "What is your name?"} <= spoken
+    assert not {bare(text) for text in spoken} & {bare(item.query) for item in book.held_out()}
 
 
 def test_tables_are_complete_and_words_are_distinct(book):
@@ -153,7 +159,7 @@ def test_training_rows_are_the_prompt_of_chat_and_then_the_answer(tokenizers, fa
     assert targets[len(prompt) - 1] == answer[0]
     assert [weight > 0 for weight in weights] == [target != train.IGNORED for target in targets]
     if family == CHATGLM2:
-        assert tokenizer.decode(ids) == build_prompt(family, "12+7=?", rounds[:1]) + "12+7=19"
+        assert tokenizer.decode(prompt) == build_prompt(family, "12+7=?", rounds[:1])
 
 
 def test_rows_for_the_cache_hold_what_stream_chat_has_in_it(tokenizers):
