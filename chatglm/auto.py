@@ -33,10 +33,6 @@ def register() -> None:
     Registering again changes nothing.
     """
     AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
-    # Saved folders carry our files, so that they load where this package is not installed.
-    ChatGLMConfig.register_for_auto_class("AutoConfig")
-    ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")
-    ChatGLMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
     for auto_class, model_class in MODELS.items():
         auto_class.register(ChatGLMConfig, model_class, exist_ok=True)
     _register_tokenizer()
