@@ -82,6 +82,23 @@ POLISH = Stage(
     ),
 )
 
+# ChatGLM-6B trains one answer a conversation, ChatGLM2-6B all of them, so the first needs more practice.
+DRILL = Stage(
+    steps=480,
+    learning_rate=1.2e-3,
+    mix=Mix(
+        sums=0.70,
+        questions=0.12,
+        tables=0.03,
+        translation=0.05,
+        unknown=0.03,
+        follow_up=0.04,
+        core=0.03,
+        earlier_rounds=(0.94, 0.03, 0.02, 0.01),
+    ),
+    warmup=50,
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -140,6 +157,7 @@ RECIPES = {
         inner_size=768,
         num_layers=4,
         num_heads=4,
+        stages=(LEARN, PRACTISE, POLISH, DRILL),
     ),
 }
 
