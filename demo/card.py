@@ -109,6 +109,7 @@ def stages(training: dict[str, Any]) -> str:
         "everything",
         "mostly sums; questions sometimes miss a word",
         "everything, in short conversations",
+        "mostly sums again",
     ]
     numbers = zip(training["steps"], training["learning_rate"], contents, strict=False)
     return "\n".join(
