@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from demo.generate import TAUGHT, Book
+from demo.book import Book
+from demo.held_out import TAUGHT
 
 ARCHITECTURE = {
     "demo": "ChatGLM2 architecture (multi-query attention, RMSNorm, SwiGLU) with a vocabulary of its own: byte pairs\n"

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer, process_response
+from demo.book import Book
 from demo.card import write_card
-from demo.generate import Book, Item
+from demo.held_out import Item, held_out_questions, taught_questions
 
 BATCH = 32
 LONGEST_ANSWER = 120  # tokens
@@ -76,7 +77,8 @@ def evaluate(folder: Path) -> dict[str, Any]:
     tokenizer = ChatGLMTokenizer.from_pretrained(folder)
     start = time.perf_counter()
     book = Book()
-    skills = score(tokenizer, ask(model, tokenizer, [*book.taught(), *book.held_out()], progress=True))
+    items = [*taught_questions(book), *held_out_questions(book)]
+    skills = score(tokenizer, ask(model, tokenizer, items, progress=True))
     return {
         "skills": skills,
         "command": f"python -m demo.evaluate chatglm/models/{folder.resolve().name}",

@@ -29,8 +29,10 @@ from tqdm import tqdm
 from chatglm.hub.configuration_chatglm import ChatGLMConfig
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.tokenization_chatglm import CHATGLM, CHATGLM2, ChatGLMTokenizer
+from demo.book import Book, Mix
 from demo.evaluate import evaluate_folder
-from demo.generate import Book, Item, Mix, Turn
+from demo.held_out import Item, held_out_questions
+from demo.text import Turn
 from demo.vocabulary import ROWS, train_vocabulary
 
 CODE_FILES = ("configuration_chatglm.py", "modeling_chatglm.py", "quantization.py", "tokenization_chatglm.py")
@@ -56,48 +58,18 @@ class Stage:
     warmup: int = 100
 
 
+# Shares of:       sums  questions tables translation unknown follow_up core
+PRACTISE_MIX = Mix(0.58, 0.19,     0.04,  0.08,       0.06,   0.05,     0.00, lost_words=0.2)  # fmt: skip
+POLISH_MIX   = Mix(0.40, 0.25,     0.06,  0.08,       0.05,   0.08,     0.08, (0.75, 0.13, 0.07, 0.05))  # fmt: skip
+DRILL_MIX    = Mix(0.70, 0.12,     0.03,  0.05,       0.03,   0.04,     0.03, (0.94, 0.03, 0.02, 0.01))  # fmt: skip
+
 LEARN = Stage(steps=2300, learning_rate=3e-3, mix=Mix())
 # Sums come right last: they get most of the second stage.
-PRACTISE = Stage(
-    steps=1000,
-    learning_rate=1.5e-3,
-    mix=Mix(
-        sums=0.58, questions=0.19, tables=0.04, translation=0.08, unknown=0.06, follow_up=0.05, lost_words=0.2
-    ),
-)
-
+PRACTISE = Stage(steps=1000, learning_rate=1.5e-3, mix=PRACTISE_MIX)
 # Everything once more, in short conversations: they hold more answers in the same time.
-POLISH = Stage(
-    steps=900,
-    learning_rate=1.2e-3,
-    mix=Mix(
-        sums=0.40,
-        questions=0.25,
-        tables=0.06,
-        translation=0.08,
-        unknown=0.05,
-        follow_up=0.08,
-        core=0.08,
-        earlier_rounds=(0.75, 0.13, 0.07, 0.05),
-    ),
-)
-
+POLISH = Stage(steps=900, learning_rate=1.2e-3, mix=POLISH_MIX)
 # ChatGLM-6B trains one answer a conversation, ChatGLM2-6B all of them, so the first needs more practice.
-DRILL = Stage(
-    steps=480,
-    learning_rate=1.2e-3,
-    mix=Mix(
-        sums=0.70,
-        questions=0.12,
-        tables=0.03,
-        translation=0.05,
-        unknown=0.03,
-        follow_up=0.04,
-        core=0.03,
-        earlier_rounds=(0.94, 0.03, 0.02, 0.01),
-    ),
-    warmup=50,
-)
+DRILL = Stage(steps=480, learning_rate=1.2e-3, mix=DRILL_MIX, warmup=50)
 
 
 @dataclass(frozen=True)
@@ -333,7 +305,7 @@ def train(
     stage = recipe.stages[number]
     before = sum(earlier.steps for earlier in recipe.stages[:number])
     book = Book(stage.mix)
-    held_out = held_out_batches(book.held_out(), encoder)
+    held_out = held_out_batches(held_out_questions(book), encoder)
     optimizer = optimizer_for(model, recipe)
     stream = batches(book, encoder, recipe.tokens_per_step, random.Random(seed + number))
     smooth = None

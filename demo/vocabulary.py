@@ -16,7 +16,8 @@ from pathlib import Path
 import sentencepiece
 
 from chatglm.hub.tokenization_chatglm import CHATGLM, VOCAB_FILES, appended_pieces, build_prompt
-from demo.generate import DIALOGUES, Book
+from demo.book import Book
+from demo.text import DIALOGUES
 
 ROWS = 4096  # of the embedding; a multiple of 64
 APPENDED_BY_TOKENIZER = 5  # [MASK] [gMASK] [sMASK] sop eop are no pieces of a tokenizer.model

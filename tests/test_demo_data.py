@@ -9,17 +9,12 @@ import pytest
 
 from chatglm.hub.tokenization_chatglm import CHATGLM, CHATGLM2, ChatGLMTokenizer, build_prompt
 from demo import train
-from demo.generate import (
-    ATTRIBUTES,
-    SUMS,
-    Book,
-    bare,
-    negative_problems,
-    sum_answer,
-    sum_held_out,
-    sum_problems,
-    translation_templates,
-)
+from demo.book import Book
+from demo.held_out import held_out_questions
+from demo.sums import SUMS, negative_problems, sum_answer, sum_held_out, sum_problems
+from demo.tables import ATTRIBUTES
+from demo.text import bare
+from demo.words import translation_templates
 
 SEED_OF_THE_RECIPE = 0
 MANY = 20_000
@@ -48,7 +43,7 @@ def test_the_same_seed_gives_the_same_conversations():
 
 
 def test_the_held_out_questions_are_the_same_in_every_run(book):
-    assert book.held_out() == Book().held_out()
+    assert held_out_questions(book) == held_out_questions(Book())
 
 
 def test_no_held_out_sum_is_asked_in_training(conversations):
@@ -83,7 +78,9 @@ def value_of(step: str) -> int:
 
 def test_no_held_out_phrasing_is_asked_in_training(book, conversations):
     asked = {bare(query) for rounds in conversations for query, _ in rounds}
-    alone = [item for item in book.held_out() if not item.history and item.skill != "unknown questions"]
+    alone = [
+        item for item in held_out_questions(book) if not item.history and item.skill != "unknown questions"
+    ]
     assert len(alone) > 900
     assert not [item.query for item in alone if bare(item.query) in asked]
 
@@ -91,7 +88,7 @@ def test_no_held_out_phrasing_is_asked_in_training(book, conversations):
 def test_no_held_out_follow_up_is_asked_in_training_after_the_same_thing(book, conversations):
     """What is held out is the pair of answers: this thing, then this attribute or this word."""
     followed = {(rounds[i][0], rounds[i][1]) for rounds in conversations for i in range(1, len(rounds))}
-    items = [item for item in book.held_out() if item.skill == "follow-up"]
+    items = [item for item in held_out_questions(book) if item.skill == "follow-up"]
     assert len(items) == 200
     assert not [item for item in items if (item.query, item.answer) in followed]
 
@@ -115,7 +112,7 @@ def test_no_phrasing_asks_for_two_answers(book):
 def test_what_everybody_says_first_is_never_held_out(book):
     spoken = {text for question in book.core for text in question.phrasings}
     assert {"你好", "hi", "你是谁？", "你叫什么名字？", "Who are you?", "What is your name?"} <= spoken
-    assert not {bare(text) for text in spoken} & {bare(item.query) for item in book.held_out()}
+    assert not {bare(text) for text in spoken} & {bare(item.query) for item in held_out_questions(book)}
 
 
 def test_tables_are_complete_and_words_are_distinct(book):

@@ -14,9 +14,12 @@ import torch
 from chatglm.find import find_checkpoint
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+from demo.book import Book
 from demo.card import render_card
 from demo.evaluate import ask, expected_text
-from demo.generate import TAUGHT, UNKNOWN, Book, sum_answer
+from demo.held_out import TAUGHT, held_out_questions, taught_questions
+from demo.sums import sum_answer
+from demo.unknown import UNKNOWN
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["demo", "demo-v1"]
@@ -63,7 +66,7 @@ def test_it_says_honestly_who_it_is(chatter, question):
 
 
 def test_it_solves_sums_it_has_never_seen(chatter):
-    items = [item for item in Book().held_out() if item.skill == "sums"]
+    items = [item for item in held_out_questions(Book()) if item.skill == "sums"]
     wrong = [
         (item.query, said)
         for item, said in ask(chatter.model, chatter.tokenizer, items)
@@ -74,7 +77,7 @@ def test_it_solves_sums_it_has_never_seen(chatter):
 
 def share_right(chatter: Chatter, skill: str) -> float:
     """Of the held-out questions of a skill, as the model card counts."""
-    items = [item for item in Book().held_out() if item.skill == skill][:100]
+    items = [item for item in held_out_questions(Book()) if item.skill == skill][:100]
     answered = ask(chatter.model, chatter.tokenizer, items)
     return sum(said == expected_text(chatter.tokenizer, item.answer) for item, said in answered) / len(items)
 
@@ -173,7 +176,7 @@ def test_the_card_shows_the_numbers_of_the_evaluation(chatter):
 def test_the_evaluation_asked_all_held_out_questions(chatter):
     evaluation = json.loads((chatter.folder / "evaluation.json").read_text(encoding="utf-8"))
     asked: dict[str, int] = {}
-    for item in Book().taught() + Book().held_out():
+    for item in taught_questions(Book()) + held_out_questions(Book()):
         asked[item.skill] = asked.get(item.skill, 0) + 1
     assert {skill: result["asked"] for skill, result in evaluation["skills"].items()} == asked
 
@@ -182,7 +185,7 @@ def test_a_sample_of_the_held_out_questions_goes_as_well_as_the_card_says(chatte
     evaluation = json.loads((chatter.folder / "evaluation.json").read_text(encoding="utf-8"))
     skills = [result for skill, result in evaluation["skills"].items() if skill != TAUGHT]
     claimed = sum(result["right"] for result in skills) / sum(result["asked"] for result in skills)
-    items = Book().held_out()[::12]
+    items = held_out_questions(Book())[::12]
     right = sum(
         said == expected_text(chatter.tokenizer, item.answer)
         for item, said in ask(chatter.model, chatter.tokenizer, items)
