@@ -28,6 +28,8 @@ SHARED_DEFAULTS: dict[str, Any] = {
     "layernorm_epsilon": 1e-5,
     "use_cache": True,
     "quantization_bit": 0,  # 8 or 4: the linear weights in the file are packed integers
+    "quantization_embeddings": False,  # embedding and head are packed too
+    "quantization_group_size": None,  # 32, 64, 128: columns that share a scale; None: all of a row
     "pre_seq_len": None,  # length of the P-Tuning v2 prefix
     "prefix_projection": False,
     "initializer_range": 0.02,
@@ -38,7 +40,6 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "inner_hidden_size": 16384,
         "max_sequence_length": 2048,
         "position_encoding_2d": True,
-        "quantization_embeddings": False,  # embedding and head are packed too
         "bos_token_id": 130004,
         "eos_token_id": 130005,
         "tie_word_embeddings": True,  # the published files leave it out and mean true
@@ -207,9 +208,14 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"quantization_bit is {self.quantization_bit!r}; set 8 or 4 for packed weights, 0 for none."
             )
-        if self.family == CHATGLM and self.quantization_embeddings and not self.quantization_bit:
+        if self.quantization_embeddings and not self.quantization_bit:
             raise ValueError(
                 "quantization_embeddings is true but quantization_bit is 0; set quantization_bit to 8 or 4 too."
+            )
+        if self.quantization_group_size is not None and self.quantization_bit != 4:
+            raise ValueError(
+                f"quantization_group_size is {self.quantization_group_size!r} but quantization_bit is "
+                f"{self.quantization_bit}; groups are for 4 bits, so change one of them."
             )
         if self.family == CHATGLM2 and self.fp32_residual_connection and not self.rmsnorm:
             raise ValueError(

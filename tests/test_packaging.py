@@ -19,6 +19,7 @@ HUB_FILES = {
     "configuration_chatglm.py",
     "modeling_chatglm.py",
     "quantization.py",
+    "quantization_kernels.py",
     "tokenization_chatglm.py",
 }
 
