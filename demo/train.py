@@ -35,7 +35,7 @@ from demo.held_out import Item, held_out_questions
 from demo.text import Turn
 from demo.vocabulary import ROWS, train_vocabulary
 
-CODE_FILES = ("configuration_chatglm.py", "modeling_chatglm.py", "quantization.py", "tokenization_chatglm.py")
+CODE_FILES = [path.name for path in Path(__file__).parents[1].glob("*.py")]
 IGNORED = -100  # target of a position that is not trained
 CHUNK = 2048  # conversations that are sorted by length together
 MAX_TOKENS = 320  # of one conversation

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
 # Before transformers is imported: no test goes to the network, and remote code that a test loads is
 # copied to a place of this run's own, not to the user's cache.
@@ -40,70 +48,80 @@ def _one_thread() -> Iterator[None]:
     yield
 
 
-# ---- small random models, with everything that a published folder has but size
-
-TEXT = [
-    "你好，我是一个小模型。今天天气很好，我们去公园走走吧！",
-    "Hello, I am a small model. The weather is fine today; let us take a walk.",
-    "[Round 1]\n\n问：你是谁？\n\n答：我是示例。",
-    "1 + 2 = 3，10 - 4 = 6。",
-]
+# ---- models of both families, one after the other
 
 
-def train_tokenizer(family: str, folder: Path) -> Path:
-    """A SentencePiece model of some hundred pieces, in the manner of the published ones."""
-    import io
+@pytest.fixture(scope="module", params=["chatglm", "chatglm2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
 
-    from sentencepiece import SentencePieceTrainer
 
-    settings: dict = {"model_type": "bpe", "normalization_rule_name": "identity"}
-    name = "tokenizer.model"
-    if family == "chatglm":
-        name = "ice_text.model"
-        settings = {
-            "model_type": "unigram",
-            "control_symbols": ["<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"],
-            "user_defined_symbols": ["<n>", "<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))],
-        }
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 20),
-        model_writer=model,
-        vocab_size=512,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        minloglevel=2,
-        **settings,
-    )
-    path = folder / name
-    path.write_bytes(model.getvalue())
-    return path
+@pytest.fixture(scope="module")
+def shared_model(family: str) -> PreTrainedModel:
+    """A tiny model, for tests that change nothing on it."""
+    from helpers import tiny_model
+
+    return tiny_model(family)
+
+
+@pytest.fixture
+def model(shared_model: PreTrainedModel) -> PreTrainedModel:
+    """A copy for one test alone."""
+    return copy.deepcopy(shared_model)
+
+
+@pytest.fixture(scope="module")
+def ids(family: str) -> torch.Tensor:
+    """A prompt and the beginning of an answer."""
+    import torch
+    from helpers import ANSWER, prompt
+
+    return torch.cat((prompt(family), ANSWER), dim=1)
+
+
+# ---- tokenizers of both families
+
+
+@pytest.fixture(scope="module")
+def tokenizer(family: str, tmp_path_factory: pytest.TempPathFactory) -> ChatGLMTokenizer:
+    """A small vocabulary, in which most Chinese characters are three byte tokens."""
+    from vocabularies import train_vocabulary
+
+    from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+
+    return ChatGLMTokenizer(train_vocabulary(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="module")
+def published(family: str, shared: Path) -> ChatGLMTokenizer:
+    """The published vocabulary."""
+    from vocabularies import PUBLISHED
+
+    from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+
+    return ChatGLMTokenizer(shared / "tokenizers" / PUBLISHED[family])
+
+
+# ---- folders of small random models, with everything that a published folder has but size
 
 
 def save_tiny_model(family: str, folder: Path) -> Path:
     """A random model of two layers with its tokenizer, saved as users save."""
     import torch
+    from vocabularies import train_vocabulary, vocabulary_config
 
     from chatglm.hub.configuration_chatglm import ChatGLMConfig
     from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
-    tokenizer = ChatGLMTokenizer(train_tokenizer(family, folder))
+    tokenizer = ChatGLMTokenizer(train_vocabulary(family, folder))
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
-    rows = (len(tokenizer) + 15) // 16 * 16  # published vocabularies are filled up too
+    # Published vocabularies are filled up too.
+    sizes |= vocabulary_config(tokenizer, spare=-len(tokenizer) % 16)
     if family == "chatglm":
-        ids = {
-            "bos_token_id": tokenizer.sop_token_id,
-            "eos_token_id": tokenizer.eop_token_id,
-            "mask_token_id": tokenizer.get_command("[MASK]"),
-            "gmask_token_id": tokenizer.gmask_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        config = ChatGLMConfig.chatglm_6b(**sizes, **ids, vocab_size=rows, inner_hidden_size=128)
+        config = ChatGLMConfig.chatglm_6b(**sizes, inner_hidden_size=128)
     else:
-        config = ChatGLMConfig(
-            **sizes, padded_vocab_size=rows, ffn_hidden_size=128, kv_channels=16, seq_length=512
-        )
+        config = ChatGLMConfig(**sizes, ffn_hidden_size=128, kv_channels=16, seq_length=512)
     torch.manual_seed(0)
     model = ChatGLMForConditionalGeneration(config).half()
     model.save_pretrained(folder)

@@ -5,42 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tiny import CHATGLM, CHATGLM2, EOP, FAMILIES, GMASK, MASK, PAD, SOP, TINY  # noqa: F401, for the tests
 
-from chatglm.hub.configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
+from chatglm.hub.configuration_chatglm import ChatGLMConfig
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 
-FAMILIES = [CHATGLM, CHATGLM2]
-MASK, GMASK, SOP, EOP, PAD = 240, 241, 244, 245, 3
-
-TINY: dict[str, dict[str, Any]] = {
-    CHATGLM: {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "inner_hidden_size": 128,
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "max_sequence_length": 256,
-        "position_encoding_2d": True,
-        "bos_token_id": SOP,
-        "eos_token_id": EOP,
-        "mask_token_id": MASK,
-        "gmask_token_id": GMASK,
-        "pad_token_id": PAD,
-    },
-    CHATGLM2: {
-        "padded_vocab_size": 256,
-        "hidden_size": 64,
-        "ffn_hidden_size": 128,
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "kv_channels": 16,
-        "multi_query_attention": True,
-        "multi_query_group_num": 2,
-        "seq_length": 256,
-    },
-}
 # ChatGLM-6B multiplies its residuals by 7.5: with smaller weights a model repeats its last token.
 SHARPNESS = {CHATGLM: 0.6, CHATGLM2: 0.4}
+ANSWER = torch.tensor([[20, 30, 40, 50, 60]])
 
 
 def tiny_config(family: str, **overrides: Any) -> ChatGLMConfig:
@@ -73,6 +45,11 @@ def prompt(family: str, length: int = 9, seed: int = 1) -> torch.Tensor:
     return ids
 
 
+def three_rows(family: str) -> list[torch.Tensor]:
+    """Prompts [1, length] of different lengths."""
+    return [prompt(family, length, seed) for seed, length in enumerate((5, 9, 7))]
+
+
 def pad_left(rows: list[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [1, length] -> ids [B, longest] and their mask (1 = keep)."""
     width = max(row.shape[1] for row in rows)
@@ -88,6 +65,31 @@ def pad_right(rows: list[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.T
     """Rows [1, length] -> ids [B, longest] and their mask (1 = keep)."""
     ids, mask = pad_left([row.flip(1) for row in rows], pad)
     return ids.flip(1), mask.flip(1)
+
+
+def published_mask(family: str, ids: torch.Tensor) -> torch.Tensor:
+    """Boolean [1, 1, T, T], True = masked, of a row without padding."""
+    length = ids.shape[1]
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    if family == CHATGLM:
+        visible[:, : ids[0].tolist().index(SOP)] = True
+    return ~visible[None, None]
+
+
+@torch.no_grad()
+def logits(model, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return model(ids, **kwargs).logits
+
+
+@torch.no_grad()
+def continued(model, ids: torch.Tensor, pieces: list[int], cache=None, **kwargs: Any) -> torch.Tensor:
+    """Logits of all pieces (lengths that sum to T), one call each on one cache, positions left out."""
+    parts = []
+    for piece in ids.split(pieces, dim=1):
+        outputs = model(piece, past_key_values=cache, use_cache=True, **kwargs)
+        cache = outputs.past_key_values
+        parts.append(outputs.logits)
+    return torch.cat(parts, dim=1)
 
 
 def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

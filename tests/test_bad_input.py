@@ -8,23 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CHATGLM, CHATGLM2, FAMILIES, GMASK, SOP, prompt, tiny_config, tiny_model
+from helpers import CHATGLM, CHATGLM2, GMASK, SOP, prompt, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from chatglm.hub.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
 )
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return tiny_model(family)
 
 
 @pytest.fixture(scope="module")

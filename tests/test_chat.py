@@ -10,16 +10,12 @@ import weakref
 
 import pytest
 import torch
-from helpers import FAMILIES, tiny_model
+from helpers import tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
-from vocabularies import train_ice_text, train_tokenizer_model
+from vocabularies import train_vocabulary, vocabulary_config
 
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
-FILES = {
-    "chatglm": (train_ice_text, "ice_text.model"),
-    "chatglm2": (train_tokenizer_model, "tokenizer.model"),
-}
 GREEDY = {"do_sample": False, "max_new_tokens": 10}
 HISTORY = [("你好", "你好！"), ("1+1=?", "2")]
 
@@ -28,22 +24,14 @@ class Conversation:
     """A tiny model with random weights and a vocabulary of its own."""
 
     def __init__(self, family: str, folder) -> None:
-        train, name = FILES[family]
         self.family = family
-        self.tokenizer = ChatGLMTokenizer(train(folder / name))
-        size = len(self.tokenizer)
-        ids = {"vocab_size": size + 6}
-        if family == "chatglm":
-            names = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "gmask": "[gMASK]", "pad": "<pad>"}
-            ids |= {f"{key}_token_id": self.tokenizer.convert_tokens_to_ids(n) for key, n in names.items()}
-        else:
-            ids = {"padded_vocab_size": size + 6}
-        self.model = tiny_model(family, **ids)
+        self.tokenizer = ChatGLMTokenizer(train_vocabulary(family, folder))
+        self.model = tiny_model(family, **vocabulary_config(self.tokenizer, spare=6))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def conversation(request, tmp_path_factory):
-    return Conversation(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def conversation(family, tmp_path_factory):
+    return Conversation(family, tmp_path_factory.mktemp(family))
 
 
 def force(*ids: int) -> LogitsProcessorList:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import HUB_FILES
 
 from chatglm.find import find_checkpoint
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -24,9 +25,6 @@ from demo.unknown import UNKNOWN
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["demo", "demo-v1"]
 LARGEST_FILE = 12_000_000  # bytes
-HUB_FILES = [f"{name}_chatglm.py" for name in ("configuration", "modeling", "tokenization")] + [
-    "quantization.py"
-]
 
 
 class Chatter:

@@ -10,7 +10,6 @@ from helpers import (
     CHATGLM,
     CHATGLM2,
     EOP,
-    FAMILIES,
     GMASK,
     MASK,
     PAD,
@@ -18,29 +17,18 @@ from helpers import (
     assert_close,
     pad_left,
     prompt,
+    three_rows,
     tiny_model,
 )
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from chatglm.hub.modeling_chatglm import (
-    ChatGLMForConditionalGeneration,
     InvalidScoreLogitsProcessor,
     glm_positions,
     unpack_positions,
 )
 
 NEW = 12
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family) -> ChatGLMForConditionalGeneration:
-    """For tests that change nothing on it."""
-    return tiny_model(family)
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +41,16 @@ def greedy(model, ids: torch.Tensor, **kwargs) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def expected(model, ids) -> torch.Tensor:
+def expected(shared_model, ids) -> torch.Tensor:
     """The greedy answer, one full pass a token, without any cache."""
     sequence = ids
     with torch.no_grad():
         for _ in range(NEW):
-            token = model(sequence, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            token = shared_model(sequence, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
             sequence = torch.cat((sequence, token), dim=1)
     answer = sequence[0, ids.shape[1] :].tolist()
     assert len(set(answer)) >= 5, "an answer that repeats itself tests nothing"
-    assert model.config.eos_token_id not in answer
+    assert shared_model.config.eos_token_id not in answer
     return sequence
 
 
@@ -135,10 +123,6 @@ def test_low_precision_models_generate_the_same_on_both_caches(family, ids, dtyp
 # Batches
 
 
-def rows_of(family: str) -> list[torch.Tensor]:
-    return [prompt(family, length, seed) for seed, length in enumerate((5, 9, 7))]
-
-
 @pytest.mark.parametrize(
     "road",
     [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3}],
@@ -147,7 +131,7 @@ def rows_of(family: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("pre_seq_len", [None, 4], ids=["full", "prefix"])
 def test_a_left_padded_batch_answers_as_its_rows_alone(family, road, pre_seq_len):
     model = tiny_model(family, pre_seq_len=pre_seq_len)
-    rows = rows_of(family)
+    rows = three_rows(family)
     ids, mask = pad_left(rows, model.config.pad_token_id)
     batched = greedy(model, ids, attention_mask=mask, **road)[:, ids.shape[1] :]
     for row, alone in zip(batched, rows, strict=True):
@@ -166,7 +150,7 @@ def test_a_batch_of_both_mask_tokens_answers_as_its_rows_alone():
 
 def test_rows_that_end_early_are_filled_with_padding(family):
     model = tiny_model(family)
-    rows = rows_of(family)
+    rows = three_rows(family)
     ids, mask = pad_left(rows, model.config.pad_token_id)
     free = greedy(model, ids, attention_mask=mask)[:, ids.shape[1] :]
     eos = int(free[0, 3])
@@ -178,7 +162,7 @@ def test_rows_that_end_early_are_filled_with_padding(family):
 
 def test_the_published_mask_and_positions_of_chatglm_6b_generate_the_same():
     """What the published tokenizer made for a padded batch."""
-    model, rows = tiny_model(CHATGLM), rows_of(CHATGLM)
+    model, rows = tiny_model(CHATGLM), three_rows(CHATGLM)
     ids, mask = pad_left(rows, PAD)
     length = ids.shape[1]
     masked = torch.ones(3, 1, length, length, dtype=torch.bool)
@@ -366,7 +350,7 @@ def test_chatglm_6b_refuses_continuous_batching():
 @pytest.mark.filterwarnings("ignore")
 def test_continuous_batching_of_chatglm2_equals_generate():
     model = tiny_model(CHATGLM2)
-    rows = [row[0].tolist() for row in rows_of(CHATGLM2)]
+    rows = [row[0].tolist() for row in three_rows(CHATGLM2)]
     expected = [greedy(model, torch.tensor([row]))[0, len(row) :].tolist() for row in rows]
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=2, pad_token_id=0)
     outputs = copy.deepcopy(model).generate_batch(rows, generation_config=config)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vocabularies import train_ice_text, train_tokenizer_model
 
 from chatglm.hub.tokenization_chatglm import (
     ChatGLMTokenizer,
@@ -21,14 +20,6 @@ HISTORIES: list[list[tuple[str, str]]] = [
     [("Hi", "Hello!"), ("", ""), ("1+1=?", "2\n\n")],
 ]
 QUERIES = ["晚上睡不着应该怎么办", "", "  two  blanks \n", "[gMASK]<sop>", "sop</s>[MASK]<eop>"]
-
-
-@pytest.fixture(scope="module", params=["chatglm", "chatglm2"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatGLMTokenizer:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "chatglm":
-        return ChatGLMTokenizer(train_ice_text(folder / "ice_text.model"))
-    return ChatGLMTokenizer(train_tokenizer_model(folder / "tokenizer.model"))
 
 
 def messages(query: str, history: list[tuple[str, str]], answer: str | None = None) -> list[dict[str, Any]]:

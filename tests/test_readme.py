@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_model
-from vocabularies import train_ice_text, train_tokenizer_model
+from vocabularies import train_vocabulary, vocabulary_config
 
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
@@ -42,21 +42,11 @@ def examples() -> list[str]:
 def place(tmp_path_factory) -> Path:
     """A folder in which the names of the README are local folders with tiny models."""
     place = tmp_path_factory.mktemp("readme")
-    for name, family, train in (
-        ("chatglm-6b", "chatglm", train_ice_text),
-        ("chatglm2-6b", "chatglm2", train_tokenizer_model),
-    ):
+    for name, family in (("chatglm-6b", "chatglm"), ("chatglm2-6b", "chatglm2")):
         folder = place / "THUDM" / name
         folder.mkdir(parents=True)
-        file = train(folder / {"chatglm": "ice_text.model", "chatglm2": "tokenizer.model"}[family])
-        tokenizer = ChatGLMTokenizer(file)
-        rows = len(tokenizer)
-        ids = {"padded_vocab_size": rows}
-        if family == "chatglm":
-            names = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "gmask": "[gMASK]", "pad": "<pad>"}
-            ids = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(n) for key, n in names.items()}
-            ids["vocab_size"] = rows
-        model = tiny_model(family, **ids)
+        tokenizer = ChatGLMTokenizer(train_vocabulary(family, folder))
+        model = tiny_model(family, **vocabulary_config(tokenizer))
         model.generation_config.max_new_tokens = 4  # random weights rarely end an answer
         model.save_pretrained(folder)  # with our four files, as the README asks for
         tokenizer.save_pretrained(folder)

@@ -5,31 +5,14 @@ from __future__ import annotations
 import copy
 import random
 import time
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from vocabularies import train_ice_text, train_tokenizer_model
 
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer, complete_characters
 
-PUBLISHED = {"chatglm": "chatglm-6b/ice_text.model", "chatglm2": "chatglm2-6b/tokenizer.model"}
 TEXT = "你好 👋🏽, 世界!\n\tdef f(x):\n        return x  # é 한국어 𠮷"
-
-
-@pytest.fixture(scope="module", params=["chatglm", "chatglm2"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatGLMTokenizer:
-    """A small vocabulary, in which most Chinese characters are three byte tokens."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "chatglm":
-        return ChatGLMTokenizer(train_ice_text(folder / "ice_text.model"))
-    return ChatGLMTokenizer(train_tokenizer_model(folder / "tokenizer.model"))
-
-
-@pytest.fixture(scope="module", params=["chatglm", "chatglm2"])
-def published(request: pytest.FixtureRequest, shared: Path) -> ChatGLMTokenizer:
-    return ChatGLMTokenizer(shared / "tokenizers" / PUBLISHED[request.param])
 
 
 def random_ids(tokenizer: ChatGLMTokenizer, rng: random.Random) -> list[int]:

@@ -14,33 +14,25 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from transformers import AddedToken, AutoTokenizer
-from vocabularies import train_ice_text, train_tokenizer_model
+from vocabularies import FILES, PUBLISHED, train_ice_text, train_tokenizer_model, train_vocabulary
 
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
-TRAINERS = {"chatglm": train_ice_text, "chatglm2": train_tokenizer_model}
-FILES = {"chatglm": "ice_text.model", "chatglm2": "tokenizer.model"}
-PUBLISHED = {"chatglm": "chatglm-6b/ice_text.model", "chatglm2": "chatglm2-6b/tokenizer.model"}
 CONTROL_SPELLINGS = {
     "chatglm": ["[MASK]", "<sop>", "<eop>", "<pad>", "<unk>"],
     "chatglm2": ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<s>", "</s>", "<unk>", "<eos>"],
 }
 
 
-@pytest.fixture(scope="module", params=["chatglm", "chatglm2"])
-def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tokenizer file of each family."""
-    return TRAINERS[request.param](tmp_path_factory.mktemp(request.param) / FILES[request.param])
+@pytest.fixture(scope="module")
+def file(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer file."""
+    return train_vocabulary(family, tmp_path_factory.mktemp(family))
 
 
 @pytest.fixture
 def tokenizer(file: Path) -> ChatGLMTokenizer:
     return ChatGLMTokenizer(file)
-
-
-@pytest.fixture(scope="module", params=["chatglm", "chatglm2"])
-def published(request: pytest.FixtureRequest, shared: Path) -> ChatGLMTokenizer:
-    return ChatGLMTokenizer(shared / "tokenizers" / PUBLISHED[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -478,8 +470,8 @@ def test_a_folder_without_tokenizer_file_says_which_is_missing(tmp_path: Path) -
 
 
 def test_two_tokenizer_files_in_one_folder_are_refused(tmp_path: Path) -> None:
-    for family, train in TRAINERS.items():
-        train(tmp_path / FILES[family])
+    for family in FILES:
+        train_vocabulary(family, tmp_path)
     with pytest.raises(ValueError, match=r"ice_text.model and .*tokenizer.model"):
         ChatGLMTokenizer.from_pretrained(tmp_path)
 

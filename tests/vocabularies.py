@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+from tiny import CHATGLM, CHATGLM2
 
+FILES = {CHATGLM: "ice_text.model", CHATGLM2: "tokenizer.model"}
+PUBLISHED = {CHATGLM: "chatglm-6b/ice_text.model", CHATGLM2: "chatglm2-6b/tokenizer.model"}
 TEXT = [
     "你好，世界！今天天气真好，我们去公园玩吧。",
     "晚上睡不着应该怎么办？可以喝一杯热牛奶。",
@@ -15,6 +19,22 @@ TEXT = [
     "The quick brown fox jumps over the lazy dog.",
     "def main(): return [1, 2, 3]",
 ] * 4
+
+
+def train_vocabulary(family: str, folder: Path) -> Path:
+    """Write the tokenizer file of `family` into the folder and return its path."""
+    train = train_ice_text if family == CHATGLM else train_tokenizer_model
+    return train(folder / FILES[family])
+
+
+def vocabulary_config(tokenizer: Any, spare: int = 0) -> dict[str, int]:
+    """The fields of a config that belong to this tokenizer; `spare` rows more than it has tokens."""
+    rows = len(tokenizer) + spare
+    if tokenizer.family == CHATGLM2:
+        return {"padded_vocab_size": rows}
+    names = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "gmask": "[gMASK]", "pad": "<pad>"}
+    ids = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(name) for key, name in names.items()}
+    return {"vocab_size": rows, **ids}
 
 
 def train_ice_text(path: Path) -> Path:

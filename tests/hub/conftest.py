@@ -17,14 +17,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import HUB_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
-HUB_FILES = (
-    "configuration_chatglm.py",
-    "modeling_chatglm.py",
-    "quantization.py",
-    "tokenization_chatglm.py",
-)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

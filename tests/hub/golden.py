@@ -7,12 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 NOT_MODELS = ("rope_tables", "tokenizer_")
+TOKENIZER_FILES = {  # of the fixtures that have a published vocabulary
+    "v0_real": "chatglm-6b/ice_text.model",
+    "slim_real": "chatglm-6b/ice_text.model",
+    "v1_real": "chatglm-6b/ice_text.model",
+    "v2_real": "chatglm2-6b/tokenizer.model",
+}
 
 
 class Golden:
@@ -38,9 +45,15 @@ class Golden:
         head = f"c::{case}::{part}::"
         return {k.removeprefix(head): v for k, v in self.tensors.items() if k.startswith(head)}
 
+    def folder(self, make_folder: Callable, folder: Path) -> Path:
+        """The fixture as a Hub folder, with its tokenizer where it has one."""
+        file = TOKENIZER_FILES.get(self.name)
+        file = file and SHARED / "tokenizers" / file
+        return make_folder(folder, self.config, self.weights, self.meta.get("tokenizer_config"), file)
+
     def load(self, make_folder: Callable, folder: Path, **kwargs: Any) -> PreTrainedModel:
         """The model in float32, loaded from a Hub folder in the dtype of its file first."""
-        make_folder(folder, self.config, self.weights)
+        self.folder(make_folder, folder)
         auto = AutoModel
         if self.meta.get("auto_class") == "AutoModelForSequenceClassification":
             auto = AutoModelForSequenceClassification
@@ -60,6 +73,12 @@ def cases_of_kind(*kinds: str) -> list[tuple[str, str]]:
         meta = json.loads((SHARED / "golden" / f"{name}.json").read_text(encoding="utf-8"))
         found += [(name, case["name"]) for case in meta.get("cases", []) if case["kind"] in kinds]
     return found
+
+
+def each_case(*kinds: str) -> pytest.MarkDecorator:
+    """Runs a test with (name, case) of all cases of these kinds."""
+    cases = cases_of_kind(*kinds)
+    return pytest.mark.parametrize(("name", "case"), cases, ids=["-".join(case) for case in cases])
 
 
 def generated_matrix(

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
-from golden import Golden, cases_of_kind
-from transformers import AutoModel, AutoTokenizer
+from functools import lru_cache
 
-TOKENIZER_FILES = {
-    "v0_real": "chatglm-6b/ice_text.model",
-    "slim_real": "chatglm-6b/ice_text.model",
-    "v1_real": "chatglm-6b/ice_text.model",
-    "v2_real": "chatglm2-6b/tokenizer.model",
-}
-LOADED: dict[str, tuple] = {}
+import pytest
+from golden import Golden, cases_of_kind, each_case
+from transformers import AutoModel, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
 def load(shared, make_folder, tmp_path_factory):
+    @lru_cache(maxsize=1)
     def loaded(name: str):
-        if name not in LOADED:
-            LOADED.clear()
-            fixture = Golden(name, shared / "golden")
-            folder = make_folder(
-                tmp_path_factory.mktemp(name) / name,
-                fixture.config,
-                fixture.weights,
-                fixture.meta["tokenizer_config"],
-                shared / "tokenizers" / TOKENIZER_FILES[name],
-            )
-            # The lines of the published README.
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-            model = AutoModel.from_pretrained(folder, trust_remote_code=True).float()
-            LOADED[name] = fixture, tokenizer, model.eval()
-        return LOADED[name]
+        fixture = Golden(name, shared / "golden")
+        folder = fixture.folder(make_folder, tmp_path_factory.mktemp(name) / name)
+        # The lines of the published README.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True).float()
+        return fixture, tokenizer, model.eval()
 
     return loaded
 
@@ -41,10 +27,7 @@ def history_of(pairs):
     return [tuple(pair) for pair in pairs]
 
 
-CHAT = cases_of_kind("chat")
-
-
-@pytest.mark.parametrize(("name", "case"), CHAT, ids=["-".join(case) for case in CHAT])
+@each_case("chat")
 def test_chat_gives_the_published_answer_and_a_new_history(load, name, case):
     fixture, tokenizer, model = load(name)
     spec = fixture.case(case)
@@ -60,7 +43,7 @@ def test_chat_gives_the_published_answer_and_a_new_history(load, name, case):
     )
 
 
-@pytest.mark.parametrize(("name", "case"), CHAT, ids=["-".join(case) for case in CHAT])
+@each_case("chat")
 def test_stream_chat_shows_the_published_texts_and_ends_with_the_answer_of_chat(load, name, case):
     fixture, tokenizer, model = load(name)
     spec = fixture.case(case)
@@ -74,7 +57,7 @@ def test_stream_chat_shows_the_published_texts_and_ends_with_the_answer_of_chat(
     assert turns[-1][1] == history_of(spec["history_out"])
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in CHAT}))
+@pytest.mark.parametrize("name", sorted({name for name, _ in cases_of_kind("chat")}))
 def test_a_batch_of_conversations_gives_the_answers_of_each_alone(load, name):
     fixture, tokenizer, model = load(name)
     specs = [c for c in fixture.meta["cases"] if c["kind"] == "chat" and "eos_token_id" not in c["kwargs"]]
@@ -88,10 +71,7 @@ def test_a_batch_of_conversations_gives_the_answers_of_each_alone(load, name):
     assert together == alone
 
 
-PKV = cases_of_kind("stream_pkv")
-
-
-@pytest.mark.parametrize(("name", "case"), PKV, ids=["-".join(case) for case in PKV])
+@each_case("stream_pkv")
 def test_a_further_turn_on_the_cache_encodes_only_its_own_tokens(load, name, case):
     fixture, tokenizer, model = load(name)
     cache = None

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
-from golden import Golden, cases_of_kind
+from golden import Golden, each_case
 from transformers import AutoModel
-
-CACHE: dict[str, tuple] = {}
-
-
-def ids_of(cases):
-    return ["-".join(case) for case in cases]
 
 
 @pytest.fixture(scope="module")
 def load(shared, make_folder, tmp_path_factory):
     """(fixture, model) by name; the model is built once for all of its cases."""
 
+    @lru_cache(maxsize=1)
     def loaded(name: str):
-        if name not in CACHE:
-            CACHE.clear()
-            fixture = Golden(name, shared / "golden")
-            CACHE[name] = fixture, fixture.load(make_folder, tmp_path_factory.mktemp(name) / name)
-        return CACHE[name]
+        fixture = Golden(name, shared / "golden")
+        return fixture, fixture.load(make_folder, tmp_path_factory.mktemp(name) / name)
 
     return loaded
 
@@ -38,10 +32,7 @@ def assert_close(actual, expected, atol, valid=None, what="logits"):
     assert (difference <= atol + 1e-4 * expected.abs()).all(), f"{what} differ by up to {worst}"
 
 
-FORWARD = cases_of_kind("forward", "forward_columns")
-
-
-@pytest.mark.parametrize(("name", "case"), FORWARD, ids=ids_of(FORWARD))
+@each_case("forward", "forward_columns")
 def test_one_pass_gives_the_published_logits_and_hidden_states(load, name, case):
     fixture, model = load(name)
     spec, expected = fixture.case(case), fixture.part(case, "out")
@@ -65,10 +56,7 @@ def test_one_pass_gives_the_published_logits_and_hidden_states(load, name, case)
         )
 
 
-DECODE = cases_of_kind("decode")
-
-
-@pytest.mark.parametrize(("name", "case"), DECODE, ids=ids_of(DECODE))
+@each_case("decode")
 def test_step_by_step_on_a_cache_gives_the_published_logits(load, name, case):
     fixture, model = load(name)
     spec, cache = fixture.case(case), None
@@ -80,7 +68,7 @@ def test_step_by_step_on_a_cache_gives_the_published_logits(load, name, case):
         assert_close(outputs.logits, expected["logits"], spec["atol"], expected.get("valid"))
 
 
-@pytest.mark.parametrize(("name", "case"), DECODE, ids=ids_of(DECODE))
+@each_case("decode")
 def test_positions_are_derived_from_ids_mask_and_cache_when_they_are_left_out(load, name, case):
     fixture, model = load(name)
     spec, cache, keep = fixture.case(case), None, None
@@ -101,10 +89,7 @@ def test_positions_are_derived_from_ids_mask_and_cache_when_they_are_left_out(lo
         assert_close(outputs.logits, expected["logits"], spec["atol"], expected.get("valid"))
 
 
-GENERATE = cases_of_kind("generate")
-
-
-@pytest.mark.parametrize(("name", "case"), GENERATE, ids=ids_of(GENERATE))
+@each_case("generate")
 def test_greedy_generation_gives_the_published_tokens(load, name, case):
     fixture, model = load(name)
     spec = fixture.case(case)
@@ -112,13 +97,10 @@ def test_greedy_generation_gives_the_published_tokens(load, name, case):
     assert torch.equal(sequences, fixture.part(case, "out")["sequences"])
 
 
-LOSS = cases_of_kind("loss")
-
-
 # The name that finetuning scripts use; transformers 5.23 calls it activation_checkpointing.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(("name", "case"), LOSS, ids=ids_of(LOSS))
+@each_case("loss")
 def test_loss_and_gradients_are_the_published_ones(load, name, case, checkpointing):
     fixture, model = load(name)
     spec, expected = fixture.case(case), fixture.part(case, "out")
@@ -147,10 +129,7 @@ def test_loss_and_gradients_are_the_published_ones(load, name, case, checkpointi
             assert_close(gradients[parameter], gradient, 1e-3 * gradient.abs().max().item(), what=parameter)
 
 
-HALF = cases_of_kind("forward_half")
-
-
-@pytest.mark.parametrize(("name", "case"), HALF, ids=ids_of(HALF))
+@each_case("forward_half")
 def test_half_precision_on_the_cpu_stays_within_the_error_of_the_published_code(
     shared, make_folder, tmp_path, name, case
 ):
@@ -163,10 +142,7 @@ def test_half_precision_on_the_cpu_stays_within_the_error_of_the_published_code(
     assert_close(logits, expected["logits"], spec["atol"])
 
 
-QUANTIZE = cases_of_kind("quantize")
-
-
-@pytest.mark.parametrize(("name", "case"), QUANTIZE, ids=ids_of(QUANTIZE))
+@each_case("quantize")
 def test_quantize_gives_the_published_integers_and_scales(shared, make_folder, tmp_path, name, case):
     fixture = Golden(name, shared / "golden")
     spec, prefix = fixture.case(case), f"c::{case}::expect::"

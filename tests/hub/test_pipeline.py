@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HUB_FILES
 from golden import Golden
+from tiny import HUB_FILES
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-FILES = {"v1_real": "chatglm-6b/ice_text.model", "v2_real": "chatglm2-6b/tokenizer.model"}
 
-
-@pytest.fixture(scope="module", params=FILES)
+@pytest.fixture(scope="module", params=["v1_real", "v2_real"])
 def folder(request, shared, make_folder, tmp_path_factory):
     fixture = Golden(request.param, shared / "golden")
-    return make_folder(
-        tmp_path_factory.mktemp("pipeline") / request.param,
-        fixture.config,
-        fixture.weights,
-        fixture.meta["tokenizer_config"],
-        shared / "tokenizers" / FILES[request.param],
-    )
+    return fixture.folder(make_folder, tmp_path_factory.mktemp("pipeline") / request.param)
 
 
 @pytest.fixture(scope="module")
