@@ -31,9 +31,20 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'chatglm' has no attribute {name!r}")
 
 
+def _is_command(argv: list[str], orig_argv: list[str]) -> bool:
+    """Whether this process is the `chatglm` command, started by its name or by `python -m chatglm`.
+
+    While Python imports the package for -m, argv[0] is "-m"; orig_argv names the module just before
+    the arguments, as ["-m", "chatglm"] or ["-mchatglm"].
+    """
+    if argv[:1] == ["-m"]:
+        return orig_argv[-len(argv)].removeprefix("-m") == "chatglm"
+    return bool(argv) and Path(argv[0]).stem == "chatglm"
+
+
 # Registering imports torch and transformers, which takes seconds. The `chatglm` command must answer
 # --help and `info` at once: it is the one program that registers only when it loads a model.
-if Path(sys.argv[0] if sys.argv else "").stem != "chatglm":
+if not _is_command(sys.argv, sys.orig_argv):
     from chatglm.auto import register
 
     register()

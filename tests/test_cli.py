@@ -20,22 +20,45 @@ from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["info", "--help"], ["--version"]])
-def test_help_and_version_do_without_torch(arguments: list[str]):
-    code = (
-        "import sys; sys.argv[0] = 'chatglm'; from chatglm.cli import main\n"
-        "try: main()\n"
-        "finally: print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    "start",
+    [["-m", "chatglm"], ["-c", "import sys; sys.argv[0] = 'chatglm'; from chatglm.cli import main; main()"]],
+    ids=["python -m chatglm", "chatglm"],
+)
+def test_help_and_version_do_without_torch(start: list[str], arguments: list[str]):
     path = str(Path(__file__).resolve().parents[1])
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-X", "importtime", *start, *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path},
     )
-    assert result.stdout.splitlines()[-1] == "[]"
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert result.returncode == 0
     assert "chatglm" in result.stdout
-    assert result.stderr == ""
+    assert "chatglm.cli" in imported
+    assert not imported & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig_argv", "is_command"),
+    [
+        (["/usr/bin/chatglm", "chat"], ["python", "/usr/bin/chatglm", "chat"], True),
+        (["chatglm.exe"], ["python", "chatglm.exe"], True),
+        (["-m", "--help"], ["python", "-I", "-m", "chatglm", "--help"], True),
+        (["-m"], ["python", "-mchatglm"], True),
+        (["-m", "chatglm"], ["python", "-m", "app", "chatglm"], False),
+        (["-c"], ["python", "-c", "import chatglm"], False),
+        (["app.py", "chatglm"], ["python", "app.py", "chatglm"], False),
+        ([""], ["python"], False),
+        ([], [], False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_every_program_but_the_command_registers_the_classes(
+    argv: list[str], orig_argv: list[str], is_command: bool
+):
+    assert chatglm._is_command(argv, orig_argv) == is_command
 
 
 def test_the_commands_and_their_purpose_stand_in_the_help(capsys: pytest.CaptureFixture[str]):
