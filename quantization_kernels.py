@@ -203,9 +203,8 @@ def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / (127 * 256)
     whole = (x / scale).round_()
-    high = (whole / 256).round_()
-    low = (whole - high * 256).clamp_(-128, 127)
-    return torch.cat((high, low)).add_(128).to(torch.uint8), scale
+    high = ((whole + 128) / 256).floor_()
+    return torch.cat((high, whole - high * 256)).add_(128).to(torch.uint8), scale
 
 
 class OneDnnInt8(Packed):
