@@ -11,17 +11,11 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+from tiny import HUB_FILES
 
 pytest.importorskip("hatchling", reason="building needs hatchling: install the extra 'test'")
 
 ROOT = Path(__file__).resolve().parents[1]
-HUB_FILES = {
-    "configuration_chatglm.py",
-    "modeling_chatglm.py",
-    "quantization.py",
-    "quantization_kernels.py",
-    "tokenization_chatglm.py",
-}
 
 
 def run_python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
@@ -91,7 +85,7 @@ def test_the_wheel_carries_both_licences_and_the_version_of_the_package(wheel: P
 def test_the_source_distribution_holds_the_tests_and_what_they_need(sdist: Path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert HUB_FILES | {"tests/conftest.py", "tests/hub/conftest.py", "Makefile"} <= names
+    assert {*HUB_FILES, "tests/conftest.py", "tests/hub/conftest.py", "Makefile"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
 
 

@@ -98,6 +98,8 @@ class Chat:
 
     def answer(self, query: str) -> Iterator[str]:
         """Yields the answer in pieces; `history` holds at every moment what was said so far."""
+        # Without past_key_values: the cache of the turn before holds the tokens that were generated, which
+        # differ from those that the text of the history encodes to, and so would the answers from chat's.
         stream = self.model.stream_chat(
             self.tokenizer, query, self.history, max_length=self.max_length, **self.sampling
         )
