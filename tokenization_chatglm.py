@@ -26,6 +26,8 @@ from transformers.cache_utils import Cache
 CHATGLM = "chatglm"
 CHATGLM2 = "chatglm2"
 
+History = list[tuple[str, str]]  # (query, response) of the rounds before
+
 VOCAB_FILES = {CHATGLM: "ice_text.model", CHATGLM2: "tokenizer.model"}
 IMAGE_TOKENS = 20000  # ids in front of the text pieces of v0.1; the text model never uses them
 BLANK = "▁"  # how SentencePiece writes a space
@@ -92,6 +94,11 @@ CHAT_TEMPLATES = {
 {%- endfor -%}
 """,
 }
+
+
+def _id_of(chatglm: str, chatglm2: str) -> property:
+    """A property of the tokenizer: the id of a special token, by its spelling in each family."""
+    return property(lambda self: self._token_to_id[chatglm if self.family == CHATGLM else chatglm2])
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
@@ -169,7 +176,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             self._white_space = {piece: text for piece, text in WHITE_SPACE.items() if piece in surfaces}
             surfaces.update(self._white_space)
         else:
-            _check_clash(surfaces)
+            clash = [name for name in CHATGLM2_APPENDED if name in surfaces]
+            if clash:
+                raise ValueError(
+                    f"The tokenizer file has a piece {clash[0]!r}, the name of a special token that ChatGLM2 "
+                    "adds to it; train the vocabulary without this piece."
+                )
             controls += CHATGLM2_APPENDED
         surfaces.update(dict.fromkeys(controls, ""))
         images = [f"<image_{i}>" for i in range(self.num_image_tokens)]  # they have no text
@@ -261,25 +273,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError(f"{token!r} is not a special token of this tokenizer, which has {names}.")
         return self._token_to_id[name]
 
-    @property
-    def gmask_token_id(self) -> int:
-        """Id of `[gMASK]`."""
-        return self._token_to_id["[gMASK]"]
-
-    @property
-    def sop_token_id(self) -> int:
-        """Id of the token that starts the answer: `<sop>`, in ChatGLM2 `sop`."""
-        return self._token_to_id["<sop>" if self.family == CHATGLM else "sop"]
-
-    @property
-    def eop_token_id(self) -> int:
-        """Id of `<eop>`, in ChatGLM2 `eop`."""
-        return self._token_to_id["<eop>" if self.family == CHATGLM else "eop"]
-
-    @property
-    def end_token_id(self) -> int:
-        """Id of `</s>`."""
-        return self._token_to_id["</s>"]
+    gmask_token_id = _id_of("[gMASK]", "[gMASK]")
+    sop_token_id = _id_of("<sop>", "sop")
+    eop_token_id = _id_of("<eop>", "eop")
+    end_token_id = _id_of("</s>", "</s>")
 
     @property
     def unk_token_id(self) -> int | None:
@@ -349,9 +346,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         _check_text(text)
         if self.family == CHATGLM:
             text = self._write_white_space(text)
-        offset = self.num_image_tokens
-        ids = self.sp_model.encode(text)
-        return [index + offset for index in ids] if offset else list(ids)
+        return [index + self.num_image_tokens for index in self.sp_model.encode(text)]
 
     def _write_white_space(self, text: str) -> str:
         """Write newlines, tabs and runs of blanks as pieces; SentencePiece would merge them."""
@@ -444,11 +439,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Return a decoder that takes ids as they are generated and gives out whole characters."""
         return StreamDecoder(self, skip_special_tokens)
 
-    def build_prompt(self, query: str, history: Sequence[Sequence[str]] | None = None) -> str:
+    def build_prompt(self, query: str, history: History | None = None) -> str:
         """Return the text that the model reads for `query` after `history`."""
         return build_prompt(self.family, query, history)
 
-    def encode_chat(self, query: str, history: Sequence[Sequence[str]] | None = None) -> list[int]:
+    def encode_chat(self, query: str, history: History | None = None) -> list[int]:
         """Return the ids of the prompt, special tokens included.
 
         The words of people and model are encoded as plain text: nobody can write a control token.
@@ -458,14 +453,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             return self.get_prefix_tokens() + ids
         return [*ids, self.gmask_token_id, self.sop_token_id]
 
-    def encode_chat_continuation(
-        self, query: str, history: Sequence[Sequence[str]] | None = None
-    ) -> list[int]:
+    def encode_chat_continuation(self, query: str, history: History | None = None) -> list[int]:
         """Return what a further round adds to a cache that holds the rounds of `history` (ChatGLM2)."""
         if self.family == CHATGLM:
             raise ValueError(
-                "ChatGLM-6B cannot continue a conversation on a cache, because its prompt is read in both "
-                "directions; encode the whole conversation with encode_chat."
+                "ChatGLM-6B cannot continue a conversation on a cache, because it reads its prompt in both directions; "
+                "leave out past_key_values and return_past_key_values, and encode all of it with encode_chat."
             )
         if not history:
             return self.encode_chat(query)
@@ -499,22 +492,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
         if not (ours and tokenize) or kwargs.get("return_assistant_tokens_mask"):
             return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                **kwargs,
-            )
+                conversation, tools=tools, documents=documents, chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+                tokenize=tokenize, **kwargs,
+            )  # fmt: skip
         several = bool(conversation) and (
             isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
         )
         ids = [
-            self._encode_messages(
-                getattr(messages, "messages", messages), add_generation_prompt, continue_final_message
-            )
+            self._encode_messages(messages, add_generation_prompt, continue_final_message)
             for messages in (conversation if several else [conversation])
         ]
         options = {name: kwargs[name] for name in CALL_OPTIONS if name in kwargs}
@@ -525,7 +511,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _encode_messages(
         self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool, unfinished: bool
     ) -> list[int]:
-        history, query, answer = split_messages(messages)
+        history, query, answer = split_messages(getattr(messages, "messages", messages))
         if answer is None and not generation_prompt:
             cue = "\n\n答：" if self.family == CHATGLM2 else "\n答：" if history else ""
             prompt = self.build_prompt(query, history).removesuffix(cue)
@@ -616,18 +602,13 @@ class StreamDecoder:
             else:
                 text = self._broken_bytes()
                 self._at_start = self._at_start and not text
-                if self._at_start:
-                    surface = self._without_first_blank(token_id, surface)
+                if self._at_start and self._tokenizer._convert_id_to_token(token_id).startswith(BLANK):
+                    self._at_start = self._tokenizer._drops_all_blanks
+                    surface = surface[1:]
                 text += surface
             if text:
                 self._at_start = False
                 yield text
-
-    def _without_first_blank(self, token_id: int, surface: str) -> str:
-        if not self._tokenizer._convert_id_to_token(token_id).startswith(BLANK):
-            return surface
-        self._at_start = self._tokenizer._drops_all_blanks
-        return surface[1:]
 
     def _broken_bytes(self) -> str:
         broken, self._bytes = self._bytes, b""
@@ -652,7 +633,7 @@ def complete_characters(data: bytes) -> tuple[str, bytes]:
             text, data = text + REPLACEMENT, data[1:]
 
 
-def build_prompt(family: str, query: str, history: Sequence[Sequence[str]] | None = None) -> str:
+def build_prompt(family: str, query: str, history: History | None = None) -> str:
     """Return the one prompt of a family: "chatglm" (rounds from 0) or "chatglm2" (rounds from 1).
 
     `history` holds (query, response) pairs of the rounds before. Raises ValueError for anything else.
@@ -673,7 +654,7 @@ def _chatglm2_round(number: int, query: str) -> str:
     return f"[Round {number}]\n\n问：{query}\n\n答："
 
 
-def _check_history(query: str, history: Sequence[Sequence[str]] | None) -> Sequence[Sequence[str]]:
+def _check_history(query: str, history: History | None) -> History:
     """Return the history as a list; ValueError where query or history are not what a prompt needs."""
     _check_text(query, "The query")
     if history is None:
@@ -692,9 +673,7 @@ def _check_history(query: str, history: Sequence[Sequence[str]] | None) -> Seque
     return history
 
 
-def split_messages(
-    messages: Sequence[Mapping[str, Any]],
-) -> tuple[list[tuple[str, str]], str, str | None]:
+def split_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[History, str, str | None]:
     """Return (history, query, answer) of chat messages; the answer is None if a user speaks last.
 
     A leading system message is put in front of the first user message, without a separator.
@@ -714,16 +693,14 @@ def split_messages(
 
 
 def _content_text(content: Any, index: int) -> str:
-    if isinstance(content, (list, tuple)) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    """Return the text of a message, which may come in parts `{"type": "text", "text": …}`."""
+    parts = content if isinstance(content, (list, tuple)) else [{"text": content}]
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError(
-            f"The content of message {index} is {type(content).__name__}; it must be a str or a list of "
-            "text parts."
+            f"The content of message {index} is {type(content).__name__}; it must be a str or a list of text parts."
         )
-    return content
+    return "".join(texts)
 
 
 def process_response(family: str, text: str) -> str:
@@ -757,11 +734,11 @@ class ChatMixin:
         """The published clean-up of an answer: stripped, and for ChatGLM-6B with Chinese punctuation."""
         return process_response(self.config.family, response)
 
-    def build_inputs(self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None):
+    def build_inputs(self, tokenizer: Any, query: str, history: History | None = None):
         """The model inputs of one chat turn, [1, T], on the device of the model."""
         return self._batch(tokenizer, [tokenizer.encode_chat(query, history)])
 
-    def build_stream_inputs(self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None):
+    def build_stream_inputs(self, tokenizer: Any, query: str, history: History | None = None):
         """What a further turn adds to the cache of the turns before, [1, T] (ChatGLM2-6B)."""
         return self._batch(tokenizer, [tokenizer.encode_chat_continuation(query, history)])
 
@@ -773,7 +750,7 @@ class ChatMixin:
         self,
         tokenizer: Any,
         query: str,
-        history: list[tuple[str, str]] | None = None,
+        history: History | None = None,
         max_length: int | None = None,
         num_beams: int = 1,
         do_sample: bool = True,
@@ -781,21 +758,15 @@ class ChatMixin:
         temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
-    ) -> tuple[str, list[tuple[str, str]]]:
+    ) -> tuple[str, History]:
         """Answer `query` after the rounds of `history`; return the answer and the longer history.
 
         `max_length` counts prompt and answer in tokens. Other keyword arguments go to `generate`. None means
         the default of the family (CHAT_DEFAULTS). Raises ValueError when the prompt leaves no room.
         """
-        sampling = {
-            "num_beams": num_beams,
-            "do_sample": do_sample,
-            "top_p": top_p,
-            "temperature": temperature,
-        }
         answers = self.batch_chat(
-            tokenizer, [query], [history], max_length=max_length, logits_processor=logits_processor,
-            **sampling, **kwargs,
+            tokenizer, [query], [history], max_length=max_length, num_beams=num_beams, do_sample=do_sample,
+            top_p=top_p, temperature=temperature, logits_processor=logits_processor, **kwargs,
         )  # fmt: skip
         return answers[0]
 
@@ -803,9 +774,9 @@ class ChatMixin:
         self,
         tokenizer: Any,
         queries: list[str],
-        histories: list[list[tuple[str, str]] | None] | None = None,
+        histories: list[History | None] | None = None,
         **kwargs: Any,
-    ) -> list[tuple[str, list[tuple[str, str]]]]:
+    ) -> list[tuple[str, History]]:
         """`chat` for several conversations at once; its keyword arguments hold for all of them."""
         histories = [None] * len(queries) if histories is None else histories
         if len(histories) != len(queries) or isinstance(queries, str):
@@ -815,14 +786,13 @@ class ChatMixin:
             )
         for query in queries:
             check_query(query)
-        rows = [
-            tokenizer.encode_chat(query, history) for query, history in zip(queries, histories, strict=True)
-        ]
+        rows = [tokenizer.encode_chat(*turn) for turn in zip(queries, histories, strict=True)]
         inputs = self._batch(tokenizer, rows)
         arguments = self._generation_arguments(tokenizer, inputs["input_ids"].shape[1], **kwargs)
         outputs = self.generate(**inputs, **arguments)
         answers = outputs[:, inputs["input_ids"].shape[1] :].tolist()
-        eos = as_list(arguments.get("eos_token_id", self.generation_config.eos_token_id))
+        eos = arguments.get("eos_token_id", self.generation_config.eos_token_id)
+        eos = eos if isinstance(eos, (list, tuple)) else [eos]
         result = []
         for query, history, ids in zip(queries, histories, answers, strict=True):
             end = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))  # then only padding
@@ -834,7 +804,7 @@ class ChatMixin:
         self,
         tokenizer: Any,
         query: str,
-        history: list[tuple[str, str]] | None = None,
+        history: History | None = None,
         past_key_values: Cache | None = None,
         max_length: int | None = None,
         do_sample: bool = True,
@@ -852,33 +822,30 @@ class ChatMixin:
         check_query(query)
         history = list(history or [])
         reuse = past_key_values is not None or return_past_key_values
-        if reuse and self.config.family == CHATGLM:
-            raise ValueError(
-                "ChatGLM-6B reads a whole conversation in both directions, so a further turn changes the keys "
-                "and values of the turns before; leave out past_key_values and return_past_key_values."
-            )
         build = self.build_stream_inputs if reuse else self.build_inputs
         input_ids = build(tokenizer, query, history)["input_ids"]
         arguments = self._generation_arguments(
             tokenizer, input_ids.shape[1], max_length=max_length, do_sample=do_sample, top_p=top_p,
             temperature=temperature, logits_processor=logits_processor, **kwargs,
         )  # fmt: skip
-        decoder, response, shown = tokenizer.stream_decoder(), "", None
+
+        def turn(response: str, cache: Cache) -> tuple:
+            longer = [*history, (query, response)]
+            return (response, longer, cache) if return_past_key_values else (response, longer)
+
+        decoder, shown = tokenizer.stream_decoder(), None
         steps = self.stream_generate(
             input_ids, past_key_values=past_key_values, return_past_key_values=True, **arguments
         )
         for sequences, cache in steps:
             decoder.put(int(sequences[0, -1]))
-            if decoder.pending or not decoder.text:
-                continue
-            response = shown = self.process_response(decoder.text)
-            turn = (response, [*history, (query, response)])
-            yield (*turn, cache) if return_past_key_values else turn
+            if decoder.text and not decoder.pending:
+                shown = self.process_response(decoder.text)
+                yield turn(shown, cache)
         decoder.flush()
         response = self.process_response(decoder.text)
         if response != shown:  # an answer that is empty or ends inside a character
-            turn = (response, [*history, (query, response)])
-            yield (*turn, cache) if return_past_key_values else turn
+            yield turn(response, cache)
 
     def _generation_arguments(
         self,
@@ -915,13 +882,6 @@ def check_query(query: Any) -> None:
         raise ValueError(f"The query is {query!r}; pass a text that is not empty.")
 
 
-def as_list(value: Any) -> list:
-    """None -> [], 2 -> [2], [2, 3] -> [2, 3]."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 class KnownTokens(LogitsProcessor):
     """Rules out the rows of the vocabulary that only fill it up and have no text."""
 
@@ -947,32 +907,6 @@ def _check_text(text: Any, what: str = "The text") -> None:
         ) from None
 
 
-def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, str]:
-    """Read a tokenizer file; return the processor and the family. Raises ValueError if it is damaged."""
-    proto = _read_model_file(path)
-    model = _processor(proto, path)
-    if model.piece_to_id("<n>") == model.unk_id():
-        return model, CHATGLM2
-    if model.piece_to_id("[gMASK]") == model.unk_id():  # v0.1 and Slim
-        model = _processor(proto + appended_pieces(), path)
-    return model, CHATGLM
-
-
-def _processor(proto: bytes, path: Path) -> SentencePieceProcessor:
-    model = SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(proto)
-    except RuntimeError:
-        raise _damaged(path) from None
-    return model
-
-
-def _damaged(path: Path) -> ValueError:
-    return ValueError(
-        f"{path} ({path.stat().st_size} bytes) is not a complete SentencePiece model; download it again."
-    )
-
-
 def _the_one_file(vocab_file: str | os.PathLike[str] | None, spm_file: str | os.PathLike[str] | None) -> Path:
     found = {str(Path(file)) for file in (vocab_file, spm_file) if file is not None}
     if not found:
@@ -988,19 +922,29 @@ def _the_one_file(vocab_file: str | os.PathLike[str] | None, spm_file: str | os.
     return Path(found.pop())
 
 
-def _read_model_file(path: Path) -> bytes:
+def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, str]:
+    """Read a tokenizer file; return the processor and the family. Raises ValueError if it is damaged."""
     if not path.is_file():
         raise ValueError(f"There is no tokenizer file {path}; download it from where the weights came from.")
-    proto = path.read_bytes()
+    proto, model = path.read_bytes(), SentencePieceProcessor()
     if proto.startswith(b"version https://git-lfs.github.com/spec/v1"):
         raise ValueError(
             f"{path} ({len(proto)} bytes) is only the Git-LFS pointer to the tokenizer file; run "
             "`git lfs pull` in its folder, or download the file itself."
         )
-    fields = _proto_fields(proto)
-    if not {1, 2, 3} <= fields:  # pieces, trainer's and normaliser's settings: cut off otherwise
-        raise _damaged(path)
-    return proto
+    try:  # pieces, trainer's and normaliser's settings: cut off otherwise
+        whole = {1, 2, 3} <= _proto_fields(proto) and model.LoadFromSerializedProto(proto)
+    except RuntimeError:
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{path} ({len(proto)} bytes) is not a complete SentencePiece model; download it again."
+        )
+    if model.piece_to_id("<n>") == model.unk_id():
+        return model, CHATGLM2
+    if model.piece_to_id("[gMASK]") == model.unk_id():  # v0.1 and Slim
+        model.LoadFromSerializedProto(proto + appended_pieces())
+    return model, CHATGLM
 
 
 def _proto_fields(proto: bytes) -> set[int]:
@@ -1083,13 +1027,4 @@ def _check_rows(path: Path, vocab_size: int, config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path.name} makes a vocabulary of {vocab_size} ids, but config.json says that the model has "
             f"{rows} rows; take both files from one checkpoint."
-        )
-
-
-def _check_clash(pieces: Iterable[str]) -> None:
-    clash = [name for name in CHATGLM2_APPENDED if name in pieces]
-    if clash:
-        raise ValueError(
-            f"The tokenizer file has a piece {clash[0]!r}, the name of a special token that ChatGLM2 "
-            "adds to it; train the vocabulary without this piece."
         )
