@@ -1,0 +1,195 @@
+"""Clean blocks of time on a machine that others use too, and the memory bandwidth beside each of them.
+
+A block is a stretch of work of a second or so. It counts only if other processes took less than 4 % of the
+machine meanwhile: a thread that has to wait for its core holds up all threads of a parallel loop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+PROBE_BYTES = 512 << 20  # no cache holds it
+SETTLE_SECONDS = 0.05  # idle OpenMP threads spin for some milliseconds before they sleep
+RETRY_SECONDS = 1.0
+IDLE_FIELDS = ("idle", "iowait")
+VECTOR_EXTENSIONS = [
+    *"avx2 f16c fma avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16".split(),
+    *"asimd asimdhp asimddp i8mm bf16 sve".split(),
+]
+GUEST_FIELDS = ("guest", "guest_nice")  # Linux counts them in `user` already
+
+
+class Probe:
+    """Read bandwidth of the machine at this moment, in bytes per second."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.read, self.description = _compiled_probe(threads) or _torch_probe(threads)
+        self.read()  # the first pass pays for pages and frequency
+
+    def __call__(self) -> float:
+        time.sleep(SETTLE_SECONDS)
+        return self.read()
+
+
+def _compiled_probe(threads: int) -> tuple[Callable[[], float], str] | None:
+    """The C probe, built into a folder that is removed again; None without a compiler that takes it."""
+    compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name
+                     and (found := shutil.which(name))), None)  # fmt: skip
+    if compiler is None:
+        return None
+    source = Path(__file__).with_name("read_bandwidth.c")
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder, "read_bandwidth.so"))
+        for native in ("-march=native", "-mcpu=native", "-O3"):  # whichever this compiler knows
+            command = [compiler, "-O3", native, "-shared", "-fPIC", "-pthread", str(source), "-o", library]
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                break
+        else:
+            return None
+        loaded = ctypes.CDLL(library)
+    loaded.allocate.restype, loaded.allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    loaded.read_once.restype = ctypes.c_double
+    loaded.read_once.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    buffer = loaded.allocate(PROBE_BYTES)
+    if not buffer:
+        raise MemoryError(
+            f"The bandwidth probe needs {PROBE_BYTES >> 20} MiB of memory; close other programs."
+        )
+    return (
+        lambda: loaded.read_once(buffer, PROBE_BYTES, threads),
+        f"C, built with {Path(compiler).name} {native}",
+    )
+
+
+def _torch_probe(threads: int) -> tuple[Callable[[], float], str]:
+    """A reduction in torch, where no C compiler is found."""
+    import torch
+
+    torch.set_num_threads(threads)
+    buffer = torch.ones(PROBE_BYTES // 4)
+
+    def read() -> float:
+        start = time.perf_counter()
+        buffer.sum()
+        return PROBE_BYTES / (time.perf_counter() - start)
+
+    return read, "a torch reduction, because no C compiler was found; a C probe may read a little faster"
+
+
+def busy_seconds() -> float:
+    """CPU seconds that the whole machine has worked since it started."""
+    times = psutil.cpu_times()._asdict()
+    return sum(value for name, value in times.items() if name not in IDLE_FIELDS + GUEST_FIELDS)
+
+
+@dataclass
+class Block:
+    """One stretch of work: what it measured (name -> seconds), and what went on around it."""
+
+    seconds: dict[str, float]
+    bandwidth: float  # bytes per second, mean of the probes before and after
+    others: float  # share of the machine that other processes took
+
+
+@dataclass
+class Samples:
+    """The blocks of one contestant and task. `kept` has one entry a round, None where none was clean."""
+
+    kept: list[Block | None] = field(default_factory=list)
+    thrown_away: int = 0
+
+    @property
+    def clean(self) -> list[Block]:
+        return [block for block in self.kept if block is not None]
+
+    def median(self, name: str = "") -> float | None:
+        """Median seconds over the clean blocks."""
+        return statistics.median(block.seconds[name] for block in self.clean) if self.clean else None
+
+    def share(self, bytes_read: float, name: str = "") -> float | None:
+        """Bytes per second of the work in relation to the probe, median over the clean blocks."""
+        shares = [bytes_read / block.seconds[name] / block.bandwidth for block in self.clean]
+        return statistics.median(shares) if shares else None
+
+    def ratio(self, other: Samples, name: str = "") -> tuple[float, float, float] | None:
+        """How many times as fast as `other`, round by round: median, lowest, highest."""
+        pairs = [(mine, its) for mine, its in zip(self.kept, other.kept, strict=False) if mine and its]
+        ratios = [its.seconds[name] / mine.seconds[name] for mine, its in pairs]
+        return (statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
+
+
+def clean_block(
+    work: Callable[[], tuple[dict[str, float], float]],
+    probe: Probe,
+    samples: Samples,
+    limit: float,
+    patience: float,
+) -> None:
+    """Add one block to `samples`: repeat `work` until nobody disturbed it, for `patience` seconds at most.
+
+    `work` returns what it measured and the CPU seconds its process used.
+    """
+    give_up = time.monotonic() + patience
+    before = probe()
+    while True:
+        busy, start = busy_seconds(), time.perf_counter()
+        seconds, own = work()
+        wall, busy = time.perf_counter() - start, busy_seconds() - busy
+        others = max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+        after = probe()
+        if others <= limit:
+            samples.kept.append(Block(seconds, (before + after) / 2, others))
+            return
+        samples.thrown_away += 1
+        if time.monotonic() > give_up:
+            samples.kept.append(None)
+            return
+        time.sleep(RETRY_SECONDS)
+        before = probe()
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on: processor, its vector extensions, cores, memory, system."""
+    flags = _cpu_flags()
+    return {
+        "processor": _cpu_name(),
+        "vector extensions": [flag for flag in VECTOR_EXTENSIONS if flag in flags],
+        "cores": psutil.cpu_count(logical=False),
+        "logical cores": os.cpu_count(),
+        "memory GB": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def _cpu_lines() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def _cpu_flags() -> list[str]:
+    lines = _cpu_lines()
+    return (lines.get("flags") or lines.get("Features") or "").split()
+
+
+def _cpu_name() -> str:
+    lines = _cpu_lines()
+    name = lines.get("model name") or platform.processor() or platform.machine()
+    family = f" (family {lines['cpu family']}, model {lines['model']})" if "cpu family" in lines else ""
+    return name + family

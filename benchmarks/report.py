@@ -1,0 +1,130 @@
+"""Results as JSON, as Markdown and as a chart, all three from the same figures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from .measure import Samples, machine
+
+MISSING = "-"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.0%}"
+
+
+def times(ratio: tuple[float, float, float] | None) -> str:
+    """A ratio with its range over the rounds."""
+    return MISSING if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, numbers to the right."""
+    ruler = ["---"] + ["--:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
+
+
+def command_line() -> str:
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
+def setting(probe: Any, samples: Sequence[Samples]) -> dict[str, Any]:
+    """What every result begins with: machine, command, probe, and how clean the run was."""
+    blocks = [block for each in samples for block in each.clean]
+    bandwidths = [block.bandwidth / 1e9 for block in blocks]
+    return {
+        "date": date.today().isoformat(),
+        "command": command_line(),
+        "machine": machine(),
+        "probe": probe.description,
+        "probe GB/s": {
+            "median": statistics.median(bandwidths),
+            "lowest": min(bandwidths),
+            "highest": max(bandwidths),
+        }
+        if bandwidths
+        else None,
+        "blocks kept": len(blocks),
+        "blocks thrown away": sum(each.thrown_away for each in samples),
+    }
+
+
+def introduction(title: str, setting: dict[str, Any], versions: dict[str, str]) -> str:
+    """The head of the Markdown file."""
+    about, bandwidth = setting["machine"], setting["probe GB/s"]
+    lines = [
+        f"# {title}",
+        "",
+        f"`{setting['command']}`, {setting['date']}",
+        "",
+        f"- {about['processor']}, {about['logical cores']} logical cores, {about['memory GB']} GB, {about['system']}",
+        f"- vector extensions: {', '.join(about['vector extensions']) or 'unknown'}",
+        f"- bandwidth probe ({setting['probe']}): "
+        + (
+            f"{bandwidth['median']:.1f} GB/s, {bandwidth['lowest']:.1f} to {bandwidth['highest']:.1f}"
+            if bandwidth
+            else "no clean block"
+        ),
+        f"- {setting['blocks kept']} blocks measured, {setting['blocks thrown away']} thrown away because other "
+        "processes were at work",
+        *(f"- {name}: {version}" for name, version in versions.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def as_json(samples: Samples) -> dict[str, Any]:
+    return asdict(samples)
+
+
+def save(folder: Path, name: str, data: dict[str, Any], markdown: str) -> list[Path]:
+    """Write NAME.json and NAME.md; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
+    paths[0].write_text(json.dumps(data, indent=1) + "\n")
+    paths[1].write_text(markdown)
+    return paths
+
+
+def chart(path: Path, title: str, panels: Sequence[tuple[str, list[tuple[str, float, bool]]]]) -> Path | None:
+    """Bars in an SVG file: panels of (label of the axis, bars of (name, value, whether it is ours)).
+
+    None where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "chatglm", "font.size": 9})
+    longest = max(len(bars) for _, bars in panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 0.9 + 0.3 * longest), squeeze=False
+    )
+    for axis, (label, bars) in zip(axes[0], panels, strict=True):
+        names, values, ours = zip(*bars[::-1], strict=True)
+        drawn = axis.barh(names, values, color=["#2563a8" if own else "#b4b9c2" for own in ours])
+        axis.bar_label(drawn, fmt="%.3g", padding=3)
+        axis.set_xlabel(label)
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
