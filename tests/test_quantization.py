@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from helpers import FAMILIES, assert_close, prompt, tiny_config, tiny_model
+from helpers import CHATGLM, FAMILIES, assert_close, prompt, tiny_config, tiny_model
 from torch import nn
+from transformers import StaticCache
 
+from chatglm.hub import quantization_kernels as kernels
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.quantization import (
     QUANTIZED_LAYERS,
@@ -261,3 +263,29 @@ def test_a_prefix_can_be_trained_on_a_quantized_model(family):
     model(ids, labels=ids).loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {"transformer.prefix_encoder.embedding.weight"}
+
+
+@pytest.mark.parametrize("layout", ["published", "the CPU's own"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_quantized_model_decodes_on_a_static_cache_as_the_eager_one(
+    family, bits, layout, monkeypatch
+):
+    if layout != "published":
+        monkeypatch.setattr(kernels, "WORTH_IT", 0)
+    model = tiny_model(family).quantize(bits)
+    ids = prompt(family)
+    answers = []
+    for step in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch._dynamo.reset()
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            past = ids.shape[1]
+            positions = torch.tensor([[past]])
+            if family == CHATGLM:
+                positions = torch.tensor([[[past - 2], [2]]])
+            outputs = step(torch.tensor([[7]]), past_key_values=cache, position_ids=positions)
+        answers.append(outputs.logits)
+    torch._dynamo.reset()
+    assert_close(answers[1], answers[0])
