@@ -12,17 +12,25 @@ from __future__ import annotations
 import ctypes
 import functools
 import glob
+import hashlib
 import importlib.util
 import itertools
 import logging
 import os
 import pkgutil
+import platform
+import shlex
 import shutil
+import stat
+import subprocess
 import sys
+import tempfile
+import time
 import types
 import weakref
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -411,6 +419,420 @@ def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)
     y = multiply_in_chunks(rows.float(), len(weight), lambda part: weight[part])
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Native C: a kernel that is compiled on the user's machine, only if CHATGLM_KERNELS asks for it
+# ---------------------------------------------------------------------------------------------------------------
+
+NATIVE_SOURCE = r"""
+/* y = x . (integers * scale)^T for a few rows x, straight from the packed weight; GNU C for gcc and clang.
+
+   Activations become 16-bit integers, block by block of columns, so that all sums are exact in 32 bits:
+   LANES weights at a time are widened to 16 bits, multiplied with their activations and added in pairs.
+   256 bits are as wide as it gets: memory is the limit, and the LANES bytes are one group of 32 nibbles. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX2__)
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { FLOAT32, BFLOAT16, FLOAT16 }; /* dtypes of x and scale */
+enum { CHUNK = 32, SLAB = 32, AHEAD = 4096 }; /* rows a thread takes, blocks, bytes to prefetch: measured */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int32_t ints __attribute__((vector_size(2 * LANES)));
+typedef float floats __attribute__((vector_size(2 * LANES)));
+
+struct linear {
+  const int8_t *weight; /* [rows][row_bytes] */
+  const void *scale;    /* [rows] or [rows][blocks] */
+  const void *x;        /* [m][columns] */
+  float *y;             /* [m][rows] */
+  int64_t rows, columns, m, group; /* group: columns that share a scale, 0 if the whole row does */
+  int32_t bits, scale_type, x_type, threads;
+  int64_t row_bytes, block, vectors, blocks, next; /* from here on ours: block in vectors, next row to do */
+  int16_t *integers; /* [m][blocks * block][8 / bits][LANES]: even and odd columns apart for nibbles */
+  float *step;       /* [m][blocks]: what one unit of the integers is worth */
+};
+
+INLINE float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+/* n numbers of p from `start` on */
+static void load(float *out, const void *p, int64_t start, int64_t n, int type) {
+  const uint16_t *halves = (const uint16_t *)p + start;
+  if (type == FLOAT32) memcpy(out, (const float *)p + start, n * sizeof *out);
+  if (type == BFLOAT16)
+    for (int64_t i = 0; i < n; i++) out[i] = from_bits((uint32_t)halves[i] << 16);
+  if (type == FLOAT16)
+    for (int64_t i = 0; i < n; i++) {
+      uint32_t rest = (uint32_t)(halves[i] & 0x7fff) << 13, sign = (uint32_t)(halves[i] & 0x8000) << 16;
+      float finite = from_bits(sign | rest) * 0x1p112f; /* the biases of the exponents differ by 112 */
+      out[i] = rest < 0x0f800000 ? finite : from_bits(sign | 0x7f800000 | rest); /* inf, nan */
+    }
+}
+
+/* sum[i] += a[j] * b[j] for two j each; which two does not matter, since the lanes are added up in the end */
+INLINE ints multiply_add(ints sum, shorts a, shorts b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return (ints)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVXVNNI__)
+  return (ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+  return sum + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return sum + (ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__ARM_NEON)
+  int32x4_t half = vmlal_s16((int32x4_t)sum, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+  return (ints)vmlal_s16(half, vget_high_s16((int16x8_t)a), vget_high_s16((int16x8_t)b));
+#else
+  for (int i = 0; i < LANES / 2; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sum;
+#endif
+}
+
+INLINE shorts widen(const int8_t *p) {
+#if defined(__AVX2__) /* gcc 12 makes four instructions of the general form */
+  return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+#else
+  bytes narrow;
+  memcpy(&narrow, p, LANES);
+  return __builtin_convertvector(narrow, shorts);
+#endif
+}
+
+/* Row m of x to integers of at most 32767; columns beyond the last are zeros. A block of inf or nan gives nan. */
+static void quantize(const struct linear *t, int64_t m) {
+  const int64_t parts = 8 / t->bits, width = t->block * LANES * parts;
+  for (int64_t b = 0; b < t->blocks; b++) {
+    int16_t *out = t->integers + (m * t->blocks + b) * width;
+    int64_t start = b * width, count = t->columns - start < width ? t->columns - start : width;
+    float values[256] = {0};
+    uint32_t bits, largest = 0; /* absolute floats order like their bits, and nan comes last */
+    load(values, t->x, m * t->columns + start, count, t->x_type);
+    for (int64_t i = 0; i < width; i++) {
+      memcpy(&bits, values + i, 4);
+      largest = (bits & 0x7fffffff) > largest ? bits & 0x7fffffff : largest;
+    }
+    float peak = from_bits(largest), inverse = peak > 1e-30f ? 32767 / peak : 0;
+    t->step[m * t->blocks + b] = peak / 32767 / (t->bits == 4 ? 16 : 1);
+    if (largest >= 0x7f800000) {
+      t->step[m * t->blocks + b] = NAN;
+      memset(values, 0, sizeof values);
+    }
+    for (int64_t v = 0; v < width; v += LANES * parts)
+      for (int64_t part = 0; part < parts; part++)
+        for (int64_t i = 0; i < LANES; i++) *out++ = (int16_t)rintf(values[v + i * parts + part] * inverse);
+  }
+}
+
+/* Vector v of R rows of the weight, times vector v of M rows of x. Nibbles come out 16 times too large. */
+INLINE void multiply(ints sum[4][4], const int8_t *w, int64_t stride, const int16_t *x, int64_t span, int R, int M,
+                     int bits) {
+  shorts high[4], low[4];
+  for (int r = 0; r < R; r++) {
+    high[r] = widen(w + r * stride);
+    low[r] = high[r] << 12 >> 8;
+    if (bits == 4) high[r] &= -16;
+  }
+  for (int m = 0; m < M; m++) {
+    shorts even, odd;
+    memcpy(&even, x + m * span, sizeof even);
+    if (bits == 4) memcpy(&odd, x + m * span + LANES, sizeof odd);
+    for (int r = 0; r < R; r++) {
+      sum[r][m] = multiply_add(sum[r][m], high[r], even);
+      if (bits == 4) sum[r][m] = multiply_add(sum[r][m], low[r], odd);
+    }
+  }
+}
+
+/* R rows of the weight from `row` on, times M rows of x from `first` on; all but `t` known to the compiler. */
+INLINE void tile(const struct linear *t, int64_t row, int64_t first, int R, int M, int bits, int block) {
+  const int64_t stride = t->row_bytes, parts = 8 / bits, per = block ? block : t->block;
+  const int64_t span = t->blocks * per * parts * LANES, full = stride / LANES;
+  const int16_t *x = t->integers + first * span;
+  const int8_t *w = t->weight + row * stride;
+  floats total[4][4];
+  float factor[4][4][SLAB];
+  for (int i = 0; i < R * M; i++) total[i / M][i % M] = (floats){0};
+  for (int64_t slab = 0; slab < t->blocks; slab += SLAB) {
+    const int64_t n = t->blocks - slab < SLAB ? t->blocks - slab : SLAB;
+    for (int r = 0; r < R; r++) {
+      float scale[SLAB];
+      if (t->group) load(scale, t->scale, (row + r) * t->blocks + slab, n, t->scale_type);
+      for (int m = 0; m < M; m++)
+        for (int64_t b = 0; b < n; b++)
+          factor[r][m][b] = (t->group ? scale[b] : 1) * t->step[(first + m) * t->blocks + slab + b];
+    }
+    for (int64_t b = 0; b < n; b++) {
+      ints sum[4][4];
+      for (int i = 0; i < R * M; i++) sum[i / M][i % M] = (ints){0};
+      int64_t v = (slab + b) * per, end = block || v + per < full ? v + per : full;
+      for (int64_t p = (v * LANES + 63) & ~63; p < end * LANES; p += 64)
+        for (int r = 0; r < R && first == 0; r++) __builtin_prefetch(w + r * stride + p + AHEAD);
+      for (; v < end; v++) multiply(sum, w + v * LANES, stride, x + v * parts * LANES, span, R, M, bits);
+      for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) total[r][m] += __builtin_convertvector(sum[r][m], floats) * factor[r][m][b];
+    }
+  }
+  if (stride % LANES) { /* what is left of the rows, filled up with zeros */
+    int8_t rest[4][LANES] = {{0}};
+    ints sum[4][4] = {{{0}}};
+    for (int r = 0; r < R; r++) memcpy(rest[r], w + r * stride + full * LANES, stride % LANES);
+    multiply(sum, rest[0], LANES, x + full * parts * LANES, span, R, M, bits);
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++)
+        total[r][m] += __builtin_convertvector(sum[r][m], floats) * factor[r][m][(t->blocks - 1) % SLAB];
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      float y = 0, scale = 1;
+      for (int i = 0; i < LANES / 2; i++) y += total[r][m][i];
+      if (!t->group) load(&scale, t->scale, row + r, 1, t->scale_type);
+      t->y[(first + m) * t->rows + row + r] = y * scale;
+    }
+}
+
+INLINE void some_rows(const struct linear *t, int64_t row, int64_t end, int bits, int block) {
+  for (; t->m == 1 && row + 4 <= end; row += 4) tile(t, row, 0, 4, 1, bits, block);
+  for (; row + 2 <= end; row += 2) {
+    int64_t m = 0;
+    for (; m + 4 <= t->m; m += 4) tile(t, row, m, 2, 4, bits, block);
+    for (; m < t->m; m++) tile(t, row, m, 2, 1, bits, block);
+  }
+  for (int64_t m = 0; row < end && m < t->m; m++) tile(t, row, m, 1, 1, bits, block);
+}
+
+/* Every thread takes the next rows that nobody has taken. */
+static void work(void *data) {
+  struct linear *t = data;
+  for (int64_t row; (row = __atomic_fetch_add(&t->next, CHUNK, __ATOMIC_RELAXED)) < t->rows;) {
+    int64_t end = row + CHUNK < t->rows ? row + CHUNK : t->rows;
+    if (t->bits == 8) some_rows(t, row, end, 8, 0);
+    else if (t->block == 1) some_rows(t, row, end, 4, 1);
+    else some_rows(t, row, end, 4, 0);
+  }
+}
+
+typedef void run_parallel(void (*)(void *), void *, unsigned threads, unsigned flags); /* as GOMP_parallel */
+
+/* Returns 0, or 1 if there is no memory. */
+int chatglm_linear(struct linear *t, run_parallel *parallel) {
+  const int64_t columns = LANES * 8 / t->bits; /* of a vector */
+  t->row_bytes = t->columns * t->bits / 8;
+  t->block = (t->group ? t->group : 256) / columns; /* 256 columns: an outlier coarsens few neighbours */
+  t->vectors = (t->columns + columns - 1) / columns;
+  t->blocks = (t->vectors + t->block - 1) / t->block;
+  t->next = 0;
+  t->step = malloc(t->m * t->blocks * (sizeof *t->step + t->block * columns * sizeof *t->integers));
+  if (!t->step) return 1;
+  t->integers = (int16_t *)(t->step + t->m * t->blocks);
+  for (int64_t m = 0; m < t->m; m++) quantize(t, m);
+  if (parallel && t->threads > 1) parallel(work, t, t->threads, 0);
+  else work(t);
+  free(t->step);
+  return 0;
+}
+"""
+
+NATIVE_FLAGS = ("-O3", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
+# For the processor at hand: the first that the compiler knows.
+NATIVE_TARGETS = (("-march=native",), ("-mcpu=native",), ())
+_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _NativeLinear(ctypes.Structure):
+    """`struct linear` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "weight scale x y".split()),
+        *((name, ctypes.c_int64) for name in "rows columns m group".split()),
+        *((name, ctypes.c_int32) for name in "bits scale_type x_type threads".split()),
+        *((name, ctypes.c_int64) for name in "row_bytes block vectors blocks next".split()),
+        *((name, ctypes.c_void_p) for name in "integers step".split()),
+    ]
+
+
+def native_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """x [M, in] times the packed weight by the kernel in C: [M, out]. Many rows go by way of the definition.
+
+    Activations are rounded to 16 bits of the largest of 256 (or of their group): the error is about 3e-5.
+    """
+    group = weight.shape[1] * 8 // bits // scale.shape[1] if scale.dim() == 2 else 0
+    if (
+        not 0 < len(x) <= FEW_ROWS
+        or not {x.dtype, scale.dtype} <= _NATIVE_DTYPES.keys()
+        or not (weight.is_contiguous() and scale.is_contiguous())
+        or group not in (0, 32, 64, 128)
+    ):
+        return plain_on_cpu(x, weight, scale, bits)
+    return _run_native(native_kernel(), x.contiguous(), weight, scale, bits, group)
+
+
+def native_missing(device_type: str = "cpu") -> str | None:
+    """What the native kernel lacks here, in a sentence, or None. Builds it where that was not done yet."""
+    if device_type != "cpu":
+        return f"The 'native' path is for the CPU, not for {device_type}."
+    try:
+        native_kernel()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def native_kernel() -> Callable[[_NativeLinear], int]:
+    """The kernel, compiled if the user's cache does not hold it, after its check against the definition.
+
+    Raises RuntimeError, in a sentence, where there is none.
+    """
+    if os.name != "posix":
+        raise RuntimeError("The 'native' path is for Linux and macOS; leave CHATGLM_KERNELS unset.")
+    try:
+        library = _build_native(_native_folder())
+        _check_private(library)
+        function = ctypes.CDLL(str(library)).chatglm_linear
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"The 'native' kernel could not be built or loaded: {error}.") from error
+    # The thread pool is torch's own; with a second OpenMP runtime both would want all cores.
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if parallel is None:
+        logger.info("This build of torch does not lend its threads; the native kernel runs on one.")
+    pool = ctypes.cast(parallel, ctypes.c_void_p)
+
+    def kernel(job: _NativeLinear) -> int:
+        return function(ctypes.byref(job), pool)
+
+    _check_native(kernel, library)
+    return kernel
+
+
+def _run_native(
+    kernel: Callable[[_NativeLinear], int],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    group: int,
+) -> torch.Tensor:
+    out, columns = len(weight), weight.shape[1] * 8 // bits
+    if x.shape[1] != columns or len(scale) != out:
+        raise ValueError(
+            f"A weight [{out}, {columns}] cannot be multiplied with {x.shape[1]} columns and {len(scale)} scales."
+        )
+    y = torch.empty(len(x), out, dtype=torch.float32)
+    job = _NativeLinear(
+        weight.data_ptr(), scale.data_ptr(), x.data_ptr(), y.data_ptr(), out, columns, len(x), group,
+        bits, _NATIVE_DTYPES[scale.dtype], _NATIVE_DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if kernel(job):
+        raise MemoryError(f"No memory for {len(x)} rows of {columns} activations.")
+    return y.to(x.dtype)
+
+
+def _native_folder() -> Path:
+    """A folder in the user's cache that nobody else can write to."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = cache / "chatglm" / "kernels"
+    for part in (cache, folder.parent, folder):
+        part.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder.parent)
+    _check_private(folder)
+    return folder
+
+
+def _check_private(path: Path) -> None:
+    """Code that another user may have put there is not loaded."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise RuntimeError(
+            f"The 'native' path does not load code from {path}, which others can write to or own; remove it, "
+            "or set XDG_CACHE_HOME to a folder of your own."
+        )
+
+
+def _build_native(folder: Path) -> Path:
+    """The library for this source, compiler and processor in `folder`."""
+    compiler = _find_compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    identity = (NATIVE_SOURCE, *NATIVE_FLAGS, *compiler, version, platform.machine(), _processor())
+    library = folder / f"linear-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    descriptor, name = tempfile.mkstemp(dir=folder, suffix=".part")
+    os.close(descriptor)
+    start = time.perf_counter()
+    try:
+        for target in NATIVE_TARGETS:
+            command = [*compiler, *NATIVE_FLAGS, *target, "-x", "c", "-", "-o", name, "-lm"]
+            done = subprocess.run(command, input=NATIVE_SOURCE, capture_output=True, text=True, timeout=300)
+            if done.returncode == 0:
+                os.chmod(name, 0o700)
+                os.replace(name, library)  # another process sees the whole file or none
+                logger.info("Compiled %s in %.1f s.", library, time.perf_counter() - start)
+                return library
+    finally:
+        Path(name).unlink(missing_ok=True)
+    said = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
+    raise RuntimeError(f"The 'native' kernel could not be compiled by {shlex.join(compiler)}: {said}.")
+
+
+def _find_compiler() -> list[str]:
+    for command in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    raise RuntimeError("The 'native' path needs a C compiler: install gcc or clang, or name one in CC.")
+
+
+def _processor() -> str:
+    """What -march=native depends on, so that a home directory may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
+
+
+def _check_native(kernel: Callable[[_NativeLinear], int], library: Path) -> None:
+    """Compare with the definition, every path through the source once; a compiler may be wrong, or a file."""
+    generator = torch.Generator().manual_seed(0)
+    for bits, m, out, columns, group in (
+        (4, 1, 71, 768, 0), (4, 1, 5, 34, 0), (4, 16, 35, 550, 0), (4, 1, 69, 1088, 32), (4, 7, 3, 96, 32),
+        (4, 3, 37, 192, 64), (4, 1, 6, 384, 128), (8, 1, 71, 768, 0), (8, 6, 5, 301, 0), (8, 2, 34, 96, 32),
+    ):  # fmt: skip
+        weight = torch.randint(
+            -128, 128, (out, columns * bits // 8), dtype=torch.int8, generator=generator
+        )  # every byte, thus every pair of nibbles
+        scale = torch.rand((out, columns // group) if group else (out,), generator=generator)
+        x = torch.randn(m, columns, generator=generator)
+        y = _run_native(kernel, x, weight, scale, bits, group)
+        expected = x.double() @ dequantize_weight(weight, scale.double(), bits).T
+        if not (y - expected).abs().max() < 1e-3 * expected.abs().max():  # nan is not less
+            raise RuntimeError(
+                f"The 'native' kernel is not used, because {library} fails its check against the definition "
+                f"({bits} bits, {m} rows, {out} x {columns}, groups of {group}); try another compiler in CC."
+            )
+
+
+LINEARS["native"] = native_linear
+MISSING["native"] = native_missing
 
 
 # ---------------------------------------------------------------------------------------------------------------
