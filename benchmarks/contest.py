@@ -19,6 +19,8 @@ from .peers import INSTALL, PROGRAMS
 from .shapes import SHAPES
 from .worker import ContestantError, Worker
 
+KINDS = ("q4_0", "q8_0", "f16")  # of the peers' weights
+
 
 class Contestant(Protocol):
     """One of our paths, or a program with one kind of file."""
@@ -75,8 +77,11 @@ def read_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     for name in options.peers:
         if name not in PROGRAMS:
             parser.error(f"--peers knows {' and '.join(PROGRAMS)}, not {name}.")
-    wanted = dict.fromkeys(path.kind for path in options.paths) or ["q4_0", "q8_0", "f16"]
+    wanted = dict.fromkeys(path.kind for path in options.paths) or KINDS
     options.kinds = options.kinds.split(",") if options.kinds else list(wanted)
+    for kind in options.kinds:
+        if kind not in KINDS:
+            parser.error(f"--kinds knows {', '.join(KINDS)}, not {kind}.")
     return options
 
 
@@ -160,6 +165,11 @@ class Contest:
                 block = samples.kept[-1]
                 shown = "was never clean" if block is None else f"{block.seconds[''] * 1000:.2f} ms"
                 print(f"{task}, round {number + 1} of {rounds}: {entry.name} {shown}", flush=True)
+
+    @property
+    def by_bits(self) -> list[Entry]:
+        """The entries as tables show them: few bits first, ours before the peers."""
+        return sorted(self.entries, key=lambda entry: (KINDS.index(entry.contestant.kind), not entry.ours))
 
     @property
     def programs(self) -> list[str]:

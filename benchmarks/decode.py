@@ -88,7 +88,7 @@ def bytes_read(entry: Entry) -> int:
 def decode_table(contest: Contest) -> str:
     header = ["", "ms a token", "tokens/s", "GB read", "of the probe", *contest.ratio_header]
     rows = []
-    for entry in contest.entries:
+    for entry in contest.by_bits:
         samples, read = entry.samples["decode"], bytes_read(entry)
         seconds = samples.median()
         rows.append(
@@ -108,7 +108,7 @@ def decode_table(contest: Contest) -> str:
 def prefill_table(contest: Contest, tokens: int) -> str:
     header = ["", "seconds", "tokens/s", *contest.ratio_header, "peak memory, GB", "blocks (thrown away)"]
     rows = []
-    for entry in contest.entries:
+    for entry in contest.by_bits:
         samples, peak = entry.samples["prefill"], entry.worker.peak
         seconds = samples.median()
         rows.append(
@@ -125,7 +125,7 @@ def prefill_table(contest: Contest, tokens: int) -> str:
 
 
 def bars(contest: Contest, task: str, tokens: int) -> list[tuple[str, float, bool]]:
-    medians = [(entry, entry.samples[task].median()) for entry in contest.entries]
+    medians = [(entry, entry.samples[task].median()) for entry in contest.by_bits]
     return [(entry.name, tokens / seconds, entry.ours) for entry, seconds in medians if seconds]
 
 
@@ -169,4 +169,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped; no results were written.")

@@ -80,7 +80,7 @@ def rows_table(contest: Contest, rows: int, weights: int) -> str:
     header = ["", "ms a block"]
     header += ["GB/s", "of the probe"] if rows <= SEVERAL_ROWS else ["GFLOP/s"]
     body = []
-    for entry in contest.entries:
+    for entry in contest.by_bits:
         samples, read = entry.samples[str(rows)], sum(entry.about["bytes read"].values())
         seconds = samples.median()
         cells = [entry.name, number(seconds and 1000 * seconds, 2)]
@@ -98,7 +98,7 @@ def matrix_table(contest: Contest, matrices: dict[str, tuple[int, int]]) -> str:
     """Share of the probe of every matrix with one row, and the error."""
     header = ["", *(f"{name} {rows}x{columns}" for name, (rows, columns) in matrices.items())]
     body = []
-    for entry in contest.entries:
+    for entry in contest.by_bits:
         samples, read = entry.samples["1"], entry.about["bytes read"]
         shares = [report.percent(samples.share(read[name], name)) for name in matrices]
         error = entry.about.get("relative error")
@@ -115,14 +115,14 @@ def write_results(contest: Contest, options: argparse.Namespace) -> None:
     panels = []
     if 1 in options.rows:
         parts.append(f"## Every matrix, one row: of the probe\n\n{matrix_table(contest, shape.matrices)}\n")
-        shares = [(e, e.samples["1"].share(sum(e.about["bytes read"].values()))) for e in contest.entries]
+        shares = [(e, e.samples["1"].share(sum(e.about["bytes read"].values()))) for e in contest.by_bits]
         panels.append(
             ("% of the probed bandwidth, 1 row", [(e.name, 100 * s, e.ours) for e, s in shares if s])
         )
     many = options.rows[-1]
     if many > SEVERAL_ROWS:
         flop = 2 * many * shape.block_weights
-        medians = [(e, e.samples[str(many)].median()) for e in contest.entries]
+        medians = [(e, e.samples[str(many)].median()) for e in contest.by_bits]
         panels.append((f"GFLOP/s, {many} rows", [(e.name, flop / s / 1e9, e.ours) for e, s in medians if s]))
     contest.save(options.name, "\n".join([*parts, contest.remarks()]), title, panels)
 
@@ -147,4 +147,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped; no results were written.")

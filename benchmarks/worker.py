@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ def serve(start: Any, arguments: dict[str, Any]) -> None:
 
     A method returns a dictionary. The reply adds the CPU seconds and the peak memory of this process.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other side, which then closes the pipe
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to standard output; it belongs to the protocol
     contestant = None  # built at the first request, whose reply can say what went wrong
