@@ -22,7 +22,7 @@ import psutil
 
 PROBE_BYTES = 512 << 20  # no cache holds it
 SETTLE_SECONDS = 0.05  # idle OpenMP threads spin for some milliseconds before they sleep
-RETRY_SECONDS = 1.0
+QUIET_SECONDS = 0.3  # of watching before a block begins
 IDLE_FIELDS = ("idle", "iowait")
 VECTOR_EXTENSIONS = [
     *"avx2 f16c fma avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16".split(),
@@ -131,6 +131,13 @@ class Samples:
         return (statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
 
 
+def others_at_work(seconds: float = QUIET_SECONDS) -> float:
+    """Share of the machine that other processes take while this one sleeps."""
+    busy = busy_seconds()
+    time.sleep(seconds)
+    return (busy_seconds() - busy) / (seconds * (os.cpu_count() or 1))
+
+
 def clean_block(
     work: Callable[[], tuple[dict[str, float], float]],
     probe: Probe,
@@ -140,25 +147,22 @@ def clean_block(
 ) -> None:
     """Add one block to `samples`: repeat `work` until nobody disturbed it, for `patience` seconds at most.
 
-    `work` returns what it measured and the CPU seconds its process used.
+    `work` returns what it measured and the CPU seconds its process used. Nothing runs while others are at work.
     """
     give_up = time.monotonic() + patience
-    before = probe()
-    while True:
+    while time.monotonic() < give_up:
+        if others_at_work() > limit:
+            continue
+        before = probe()
         busy, start = busy_seconds(), time.perf_counter()
         seconds, own = work()
         wall, busy = time.perf_counter() - start, busy_seconds() - busy
         others = max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
-        after = probe()
         if others <= limit:
-            samples.kept.append(Block(seconds, (before + after) / 2, others))
+            samples.kept.append(Block(seconds, (before + probe()) / 2, others))
             return
         samples.thrown_away += 1
-        if time.monotonic() > give_up:
-            samples.kept.append(None)
-            return
-        time.sleep(RETRY_SECONDS)
-        before = probe()
+    samples.kept.append(None)
 
 
 def machine() -> dict[str, object]:
