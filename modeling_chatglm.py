@@ -34,7 +34,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
-from .quantization import Linear, Prepackable, QuantizedEmbedding, QuantizedLinear, check_packing, quantize
+from .quantization import (
+    Linear,
+    PackedWeight,
+    Prepackable,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    check_packing,
+    check_same_packing,
+    check_scales,
+    freeze,
+    make_plain,
+    own_quantization_config,
+    packed_by_another_library,
+    quantize,
+    register_with_transformers,
+)
 from .tokenization_chatglm import ChatMixin
 
 # The published blocks scale their residuals for 28 layers, whatever the depth of the model.
@@ -442,6 +457,44 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 "continuous batching."
             )
 
+    def post_init(self) -> None:
+        if packed_by_another_library(self.config):
+            make_plain(self)
+        super().post_init()
+
+    def quantize(
+        self,
+        bits: int,
+        quantize_embeddings: bool = False,
+        group_size: int | None = None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> ChatGLMPreTrainedModel:
+        """Pack the linear weights to 8 or 4 bits in place and return the model; 0 changes nothing.
+
+        A model that is packed already stays as it is. With `quantize_embeddings` the embedding and the head
+        are packed too. With `group_size` (32, 64 or 128, at 4 bits) so many columns share a scale, which
+        costs 0.5 to 0.125 bits per weight and keeps more of the model; the published code cannot read it.
+        """
+        config = self.config
+        if bits and not config.quantization_bit:
+            check_packing(bits, group_size)
+            if quantize_embeddings and config.family == CHATGLM and not config.tie_word_embeddings:
+                raise ValueError(
+                    "quantize_embeddings packs embedding and head of ChatGLM-6B as one tensor, but "
+                    "tie_word_embeddings is false; leave quantize_embeddings out."
+                )
+            quantize(self.base_model, bits, group_size)
+            config.quantization_bit, config.quantization_group_size = bits, group_size
+            if quantize_embeddings:
+                config.quantization_embeddings = True
+                self._quantize_embeddings()
+        return self if device is None else self.to(device)
+
+    def _quantize_embeddings(self) -> None:
+        """Pack the embedding and, where there is one, the head."""
+        self.base_model._quantize_embeddings()
+
     def prepack(self) -> ChatGLMPreTrainedModel:
         """Bring all linear weights into the layout that this CPU multiplies fastest, and return the model.
 
@@ -471,6 +524,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load as `PreTrainedModel.from_pretrained`, and accept what the published README lines pass.
 
+        `quantization_config=ChatGLMQuantizationConfig(bits=4)`, or `{"quant_method": "chatglm", "bits": 4}`, packs
+        the weights while they load: see `quantize`. They are packed in the dtype of the file, whatever `dtype` is.
         `device` moves the loaded model there. `empty_init` and `resume_download` have no effect today.
         Raises OSError for damaged files and ValueError for weights that do not fit the config: nothing is
         left at random values silently, except a new prefix encoder or classification head.
@@ -482,6 +537,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", ""))
         if folder.is_dir():
             check_weight_files(folder)
+        packing = kwargs["quantization_config"] = own_quantization_config(kwargs.get("quantization_config"))
+        register_with_transformers()
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
@@ -489,12 +546,60 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+        if model.config.quantization_bit:
+            check_same_packing(model.config, packing)
+            info["mismatched_keys"] = [*info["mismatched_keys"], *mismatched_shapes(model)]
+        check_packed_file(info, model, pretrained_model_name_or_path)
         check_loaded(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
+        check_scales(model, pretrained_model_name_or_path)
+        freeze(model)
         if model.config.pre_seq_len:
             model.base_model.train_only_prefix()  # loading makes every parameter trainable
         if device is not None:
             model.to(device)
         return (model, info) if output_loading_info else model
+
+
+def mismatched_shapes(model: PreTrainedModel) -> list[tuple[str, tuple, tuple]]:
+    """(name, shape, shape by the config) of tensors that transformers set without a look at their shapes.
+
+    It does so where weights are packed while they load.
+    """
+    with torch.device("meta"):
+        expected = type(model)(model.config).state_dict()
+    shapes = [(name, tensor.shape, expected[name].shape) for name, tensor in model.state_dict().items()]
+    return [(name, found, wanted) for name, found, wanted in shapes if found != wanted]
+
+
+def check_packed_file(info: dict[str, Any], model: PreTrainedModel, name: Any) -> None:
+    """Raise ValueError for a file that is packed in another way than the config says."""
+    bits = model.config.quantization_bit
+    field = "quantization_embeddings" if bits else "quantization_bit"
+    for key in sorted(key for key in info["unexpected_keys"] if key.endswith(".weight_scale")):
+        raise ValueError(
+            f"{name} holds packed weights ({key}) that its config.json does not tell of; set {field} there, or "
+            "take the config.json that was published with these weights."
+        )
+    for key in sorted(key for key in info["missing_keys"] if key.endswith(".weight_scale")):
+        raise ValueError(
+            f"{name} holds no {key}, but by config.json its weights are packed to {bits} bits; take quantization_bit "
+            "out of config.json, and pass quantization_config to pack the weights while they load."
+        )
+    for key, found, wanted in sorted(info["mismatched_keys"]):
+        if key.endswith(".weight_scale") and len(found) != len(wanted):
+            kinds = {1: "one scale a row", 2: "a scale for every group of columns"}
+            raise ValueError(
+                f"{key} in {name} holds {kinds.get(len(found), f'numbers of shape {tuple(found)}')}, but by "
+                f"quantization_group_size in config.json it is {kinds[len(wanted)]}; take weights and config.json "
+                "from one checkpoint."
+            )
+        other = {4: 8, 8: 4}.get(bits, bits)
+        packed = isinstance(model.get_submodule(key.rpartition(".")[0]), PackedWeight)
+        if packed and found[:-1] == wanted[:-1] and found[-1] * bits == wanted[-1] * other:
+            raise ValueError(
+                f"{key} in {name} is packed to {other} bits, but quantization_bit in config.json says {bits}; take "
+                "weights and config.json from one checkpoint."
+            )
 
 
 def check_loaded(info: dict[str, Any], name: Any, ignore_mismatched_sizes: bool) -> None:
@@ -1023,30 +1128,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             attentions=outputs.attentions,
         )
 
-    def quantize(
-        self,
-        bits: int,
-        quantize_embeddings: bool = False,
-        group_size: int | None = None,
-        device: Any = None,
-        **kwargs: Any,
-    ) -> ChatGLMForConditionalGeneration:
-        """Pack the linear weights to 8 or 4 bits in place and return the model; 0 changes nothing.
-
-        A model that is packed already stays as it is. With `quantize_embeddings` the embedding and the head
-        are packed too. With `group_size` (32, 64 or 128, at 4 bits) so many columns share a scale, which
-        costs 0.5 to 0.125 bits per weight and keeps more of the model; the published code cannot read it.
-        """
-        if bits and not self.config.quantization_bit:
-            check_packing(bits, group_size)
-            quantize(self.transformer, bits, group_size)
-            self.config.quantization_bit, self.config.quantization_group_size = bits, group_size
-            if quantize_embeddings:
-                self.config.quantization_embeddings = True
-                self.transformer._quantize_embeddings()
-                if self.config.family == CHATGLM:
-                    self._share_quantized_embedding()
-        return self if device is None else self.to(device)
+    def _quantize_embeddings(self) -> None:
+        super()._quantize_embeddings()
+        if self.config.family == CHATGLM:
+            self._share_quantized_embedding()
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys()
 
     def _share_quantized_embedding(self) -> None:
         """Make the packed embedding of ChatGLM-6B the head too: they are one tensor."""
@@ -1056,6 +1142,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             group_size=embedding.group_size, device="meta",
         )  # fmt: skip
         head.weight, head.weight_scale, head.weight_is_shared = embedding.weight, embedding.weight_scale, True
+        head.training = embedding.training
         self.lm_head = head
         self._tied_weights_keys = {
             f"lm_head.{name}": f"transformer.word_embeddings.{name}" for name in ("weight", "weight_scale")

@@ -63,19 +63,23 @@ def quantize_weight(
     check_packing(bits, group_size, columns=weight.shape[1])
     parts = []
     for rows in weight.split(max(1, CHUNK // weight.shape[1])):
-        if not torch.isfinite(rows).all():
-            raise ValueError(
-                "The weight holds values that are not finite, so it has no scale; load an intact checkpoint."
-            )
         parts.append(_quantize_groups(rows, group_size) if group_size else _quantize_rows(rows, bits))
     packed, scale = zip(*parts, strict=True)
     return torch.cat(packed), torch.cat(scale)
+
+
+def _check_finite(extreme: torch.Tensor) -> None:
+    if not torch.isfinite(extreme).all():
+        raise ValueError(
+            "The weight holds values that are not finite, so it has no scale; load an intact checkpoint."
+        )
 
 
 def _quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The published rule: the largest number of a row becomes the largest integer."""
     limit = 2 ** (bits - 1) - 1
     scale = weight.abs().amax(dim=1) / limit
+    _check_finite(scale)
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)  # an empty row stays 0
     # A scale so small that half rounded it may ask for more than the limit.
     integers = (weight / divisor[:, None]).round().clamp(-limit, limit).to(torch.int8)
@@ -90,6 +94,7 @@ def _quantize_groups(weight: torch.Tensor, group_size: int) -> tuple[torch.Tenso
     """
     groups = weight.float().unflatten(-1, (-1, group_size))  # [out, groups, columns]
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    _check_finite(extreme)
     tried = [_fit_groups(groups, -extreme / becomes) for becomes in EXTREME_BECOMES]
     integers, scale, error = tried[0]
     for other_integers, other_scale, other_error in tried[1:]:
@@ -306,8 +311,11 @@ class QuantizedLinear(Prepackable, PackedWeight):
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int, group_size: int | None = None) -> QuantizedLinear:
         """Quantize `linear`; its bias is kept as it is."""
+        if isinstance(linear, Prepackable):
+            linear.restore()
         weight = linear.weight
         layer = cls(linear.in_features, linear.out_features, bits, False, group_size, weight.dtype, "meta")
+        layer.training = linear.training
         if not weight.is_meta:
             layer.fill(weight)
         layer.bias = linear.bias
@@ -344,6 +352,7 @@ class QuantizedEmbedding(PackedWeight):
         """Quantize `embedding`."""
         weight = embedding.weight
         layer = cls(*weight.shape, bits, group_size, weight.dtype, "meta")
+        layer.training = embedding.training
         if not weight.is_meta:
             layer.fill(weight)
         return layer
@@ -470,9 +479,14 @@ class ChatGLMQuantizer(HfQuantizer):
         weight = weight[0] if isinstance(weight, list) else weight
         layer = self.layers[name]
         rows, columns = layer.weight.shape[0], layer.weight.shape[1] * 8 // layer.bits
-        if self.problem or not weight.is_floating_point() or weight.shape != (rows, columns):
-            return {name: weight}  # packed already, or not fit to be: shapes are checked in the end
+        if self.problem or not weight.is_floating_point():
+            return {name: weight}  # packed already, or told in the end
         try:
+            if weight.shape != (rows, columns):
+                raise ValueError(
+                    f"the shape is {tuple(weight.shape)}, but by config.json it must be {(rows, columns)}; take "
+                    "weights and config.json from one checkpoint."
+                )
             packed, scale = quantize_weight(weight, layer.bits, layer.group_size)
         except ValueError as error:  # the loader would bury it in its report
             self.problem = f"{name}: {error}"
@@ -492,6 +506,20 @@ class ChatGLMQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def packed_by_another_library(config: Any) -> bool:
+    """Whether weights are loaded under somebody else's quantization_config."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return found is not None and method != QUANT_METHOD
+
+
+def make_plain(model: nn.Module) -> None:
+    """Make every layer that is not packed exactly an `nn.Linear`: bitsandbytes replaces no other class."""
+    for layer in model.modules():
+        if type(layer) is Linear:
+            layer.__class__ = nn.Linear
 
 
 def register_with_transformers() -> None:

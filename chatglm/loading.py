@@ -11,6 +11,7 @@ from chatglm.checkpoint import Checkpoint, read_checkpoint
 from chatglm.find import find_checkpoint
 from chatglm.hub.configuration_chatglm import ChatGLMConfig
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm.hub.quantization import ChatGLMQuantizationConfig
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
 # Above this many parameters float32 on a CPU costs more memory than most machines have.
@@ -23,6 +24,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantize: int | None = None,
     revision: str | None = None,
+    group_size: int | None = None,
 ) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
     """Loads a model for chatting and its tokenizer.
 
@@ -30,8 +32,13 @@ def load(
         name: "demo" or "demo-v1", which ship with this package, a folder, or a Hub name.
         device: default is the first there is of "cuda", "mps", "cpu".
         dtype: "float32", "float16", "bfloat16" or the torch dtype; None: see default_dtype.
-        quantize: 8 or 4 packs the weights of the linear layers into so many bits.
+        quantize: 8 or 4 packs the weights of the linear layers into so many bits while they load, so
+            that the memory holds the packed model and little more.
         revision: of a Hub name: a branch, tag or commit.
+        group_size: with `quantize=4`, 32, 64 or 128 columns that share a scale; None: a whole row.
+
+    On a CPU the weights are brought into the order that it reads fastest; `model.train()` undoes
+    that, for code that looks at them.
 
     Raises OSError for missing, cut off or git-lfs pointer files and ValueError for wrong arguments
     or contents, before any weight is read. Weights come from safetensors where there are any, else
@@ -39,6 +46,9 @@ def load(
     """
     if quantize not in (None, 4, 8):
         raise ValueError(f"quantize is {quantize!r}; give 8 or 4 bits, or None for no packing.")
+    if group_size and not quantize:
+        raise ValueError(f"group_size is {group_size!r}, but nothing is packed; give quantize=4 too.")
+    packing = ChatGLMQuantizationConfig(quantize, group_size) if quantize else None
     device = _device(device)
     dtype = _dtype(dtype)
     checkpoint = read_checkpoint(find_checkpoint(name, revision))
@@ -50,17 +60,17 @@ def load(
             checkpoint.folder,
             config=config,
             dtype=dtype or default_dtype(device, checkpoint),
-            # Packing is done where the memory is, then only the packed weights travel.
-            device_map={"": "cpu" if quantize else device},
+            quantization_config=packing,
+            # Packing on MPS is untested.
+            device_map={"": "cpu" if packing and device.type != "cuda" else device},
         )
     except UnpicklingError:
         raise ValueError(
             f"A .bin file in {checkpoint.folder} is damaged or holds more than tensors, which could "
             "run code; take safetensors files, or the .bin files of a source you trust."
         ) from None
-    if quantize:
-        model = model.quantize(quantize).to(device)
-    return model.eval(), tokenizer
+    model = model.to(device).eval()
+    return model.prepack() if device.type == "cpu" else model, tokenizer
 
 
 def default_device() -> torch.device:
