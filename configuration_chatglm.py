@@ -2,12 +2,16 @@
 
 Every published checkpoint says `"model_type": "chatglm"`, so the family is told from the other keys:
 `inner_hidden_size` or `position_encoding_2d` belong to ChatGLM-6B ("chatglm"), `padded_vocab_size`
-or `multi_query_attention` to ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2 ("chatglm2").
+or `multi_query_attention` to ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2 ("chatglm2"). The last functions check
+that the files beside a config.json are whole and hold what it says.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import zipfile
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -318,3 +322,54 @@ def _check_token_ids(config: ChatGLMConfig) -> None:
                     f"{name} is {value!r}, outside the vocabulary of {config.vocab_size} rows; take the ids and "
                     "vocab_size from the config.json that was published with these weights."
                 )
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise OSError for a weight file in `folder` that is cut off or only a pointer to the real one."""
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            if head == b"version ":  # the first word of a git-lfs pointer
+                raise OSError(
+                    f"{path} is a git-lfs pointer of {size} bytes, not the weights; run `git lfs pull` in "
+                    "that folder or download the file again."
+                )
+            expected = 8
+            if path.suffix == ".safetensors" and len(head) == 8:
+                expected += int.from_bytes(head, "little")
+                if expected <= size:
+                    expected += data_size(file.read(expected - 8), path)
+            whole = head[:2] != b"PK" or zipfile.is_zipfile(path)  # the end of a zip holds its table
+        if size < expected or not whole:
+            needed = f" and needs at least {expected}" if size < expected else ""
+            raise OSError(
+                f"{path} has {size} bytes{needed}: the download is incomplete; download the file again."
+            )
+
+
+def data_size(header: bytes, path: Path) -> int:
+    """Bytes of the tensors that the header of a safetensors file describes; OSError if it is damaged."""
+    try:
+        tensors = [tensor for name, tensor in json.loads(header).items() if name != "__metadata__"]
+        return max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+        raise OSError(f"The header of {path} is damaged; download the file again.") from None
+
+
+def check_loaded(info: dict[str, Any], name: Any, ignore_mismatched_sizes: bool) -> None:
+    """Raise ValueError for weights of another shape than the config says, and for missing ones."""
+    mismatched = sorted(info["mismatched_keys"]) if not ignore_mismatched_sizes else []
+    if mismatched:
+        key, in_file, in_model = mismatched[0]
+        raise ValueError(
+            f"{key} in {name} has shape {tuple(in_file)}, but by config.json it must be {tuple(in_model)}; take "
+            "weights and config.json from one checkpoint."
+        )
+    new = ("prefix_encoder.", "classifier_head.")  # trained by the user, and often saved elsewhere
+    missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in new))
+    if missing:
+        raise ValueError(
+            f"{name} holds no weights for {missing[0]} and {len(missing) - 1} more; the checkpoint is incomplete "
+            "or of another model: download it again, with all of its files."
+        )

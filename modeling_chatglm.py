@@ -10,9 +10,7 @@ One layout everywhere: hidden states [B, T, hidden], queries, keys and values [B
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,18 +31,19 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
+from .configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig, check_loaded, check_weight_files
 from .quantization import (
     Linear,
-    PackedWeight,
     Prepackable,
     QuantizedEmbedding,
     QuantizedLinear,
+    check_packed_file,
     check_packing,
     check_same_packing,
     check_scales,
     freeze,
     make_plain,
+    mismatched_shapes,
     own_quantization_config,
     packed_by_another_library,
     quantize,
@@ -558,99 +557,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if device is not None:
             model.to(device)
         return (model, info) if output_loading_info else model
-
-
-def mismatched_shapes(model: PreTrainedModel) -> list[tuple[str, tuple, tuple]]:
-    """(name, shape, shape by the config) of tensors that transformers set without a look at their shapes.
-
-    It does so where weights are packed while they load.
-    """
-    with torch.device("meta"):
-        expected = type(model)(model.config).state_dict()
-    shapes = [(name, tensor.shape, expected[name].shape) for name, tensor in model.state_dict().items()]
-    return [(name, found, wanted) for name, found, wanted in shapes if found != wanted]
-
-
-def check_packed_file(info: dict[str, Any], model: PreTrainedModel, name: Any) -> None:
-    """Raise ValueError for a file that is packed in another way than the config says."""
-    bits = model.config.quantization_bit
-    field = "quantization_embeddings" if bits else "quantization_bit"
-    for key in sorted(key for key in info["unexpected_keys"] if key.endswith(".weight_scale")):
-        raise ValueError(
-            f"{name} holds packed weights ({key}) that its config.json does not tell of; set {field} there, or "
-            "take the config.json that was published with these weights."
-        )
-    for key in sorted(key for key in info["missing_keys"] if key.endswith(".weight_scale")):
-        raise ValueError(
-            f"{name} holds no {key}, but by config.json its weights are packed to {bits} bits; take quantization_bit "
-            "out of config.json, and pass quantization_config to pack the weights while they load."
-        )
-    for key, found, wanted in sorted(info["mismatched_keys"]):
-        if key.endswith(".weight_scale") and len(found) != len(wanted):
-            kinds = {1: "one scale a row", 2: "a scale for every group of columns"}
-            raise ValueError(
-                f"{key} in {name} holds {kinds.get(len(found), f'numbers of shape {tuple(found)}')}, but by "
-                f"quantization_group_size in config.json it is {kinds[len(wanted)]}; take weights and config.json "
-                "from one checkpoint."
-            )
-        other = {4: 8, 8: 4}.get(bits, bits)
-        packed = isinstance(model.get_submodule(key.rpartition(".")[0]), PackedWeight)
-        if packed and found[:-1] == wanted[:-1] and found[-1] * bits == wanted[-1] * other:
-            raise ValueError(
-                f"{key} in {name} is packed to {other} bits, but quantization_bit in config.json says {bits}; take "
-                "weights and config.json from one checkpoint."
-            )
-
-
-def check_loaded(info: dict[str, Any], name: Any, ignore_mismatched_sizes: bool) -> None:
-    """Raise ValueError for weights of another shape than the config says, and for missing ones."""
-    mismatched = sorted(info["mismatched_keys"]) if not ignore_mismatched_sizes else []
-    if mismatched:
-        key, in_file, in_model = mismatched[0]
-        raise ValueError(
-            f"{key} in {name} has shape {tuple(in_file)}, but by config.json it must be {tuple(in_model)}; take "
-            "weights and config.json from one checkpoint."
-        )
-    new = ("prefix_encoder.", "classifier_head.")  # trained by the user, and often saved elsewhere
-    missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in new))
-    if missing:
-        raise ValueError(
-            f"{name} holds no weights for {missing[0]} and {len(missing) - 1} more; the checkpoint is incomplete "
-            "or of another model: download it again, with all of its files."
-        )
-
-
-def check_weight_files(folder: Path) -> None:
-    """Raise OSError for a weight file in `folder` that is cut off or only a pointer to the real one."""
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            if head == b"version ":  # the first word of a git-lfs pointer
-                raise OSError(
-                    f"{path} is a git-lfs pointer of {size} bytes, not the weights; run `git lfs pull` in "
-                    "that folder or download the file again."
-                )
-            expected = 8
-            if path.suffix == ".safetensors" and len(head) == 8:
-                expected += int.from_bytes(head, "little")
-                if expected <= size:
-                    expected += data_size(file.read(expected - 8), path)
-            whole = head[:2] != b"PK" or zipfile.is_zipfile(path)  # the end of a zip holds its table
-        if size < expected or not whole:
-            needed = f" and needs at least {expected}" if size < expected else ""
-            raise OSError(
-                f"{path} has {size} bytes{needed}: the download is incomplete; download the file again."
-            )
-
-
-def data_size(header: bytes, path: Path) -> int:
-    """Bytes of the tensors that the header of a safetensors file describes; OSError if it is damaged."""
-    try:
-        tensors = [tensor for name, tensor in json.loads(header).items() if name != "__metadata__"]
-        return max((tensor["data_offsets"][1] for tensor in tensors), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-        raise OSError(f"The header of {path} is damaged; download the file again.") from None
 
 
 class Embedding(nn.Module):

@@ -381,6 +381,48 @@ def quantize(model: nn.Module, bits: int, group_size: int | None = None) -> nn.M
     return model
 
 
+def mismatched_shapes(model: Any) -> list[tuple[str, tuple, tuple]]:
+    """(name, shape, shape by the config) of tensors that transformers set without a look at their shapes.
+
+    It does so where weights are packed while they load.
+    """
+    with torch.device("meta"):
+        expected = type(model)(model.config).state_dict()
+    shapes = [(name, tensor.shape, expected[name].shape) for name, tensor in model.state_dict().items()]
+    return [(name, found, wanted) for name, found, wanted in shapes if found != wanted]
+
+
+def check_packed_file(info: dict[str, Any], model: Any, name: Any) -> None:
+    """Raise ValueError for a file that is packed in another way than the config says."""
+    bits = model.config.quantization_bit
+    field = "quantization_embeddings" if bits else "quantization_bit"
+    for key in sorted(key for key in info["unexpected_keys"] if key.endswith(".weight_scale")):
+        raise ValueError(
+            f"{name} holds packed weights ({key}) that its config.json does not tell of; set {field} there, or "
+            "take the config.json that was published with these weights."
+        )
+    for key in sorted(key for key in info["missing_keys"] if key.endswith(".weight_scale")):
+        raise ValueError(
+            f"{name} holds no {key}, but by config.json its weights are packed to {bits} bits; take quantization_bit "
+            "out of config.json, and pass quantization_config to pack the weights while they load."
+        )
+    for key, found, wanted in sorted(info["mismatched_keys"]):
+        if key.endswith(".weight_scale") and len(found) != len(wanted):
+            kinds = {1: "one scale a row", 2: "a scale for every group of columns"}
+            raise ValueError(
+                f"{key} in {name} holds {kinds.get(len(found), f'numbers of shape {tuple(found)}')}, but by "
+                f"quantization_group_size in config.json it is {kinds[len(wanted)]}; take weights and config.json "
+                "from one checkpoint."
+            )
+        other = {4: 8, 8: 4}.get(bits, bits)
+        packed = isinstance(model.get_submodule(key.rpartition(".")[0]), PackedWeight)
+        if packed and found[:-1] == wanted[:-1] and found[-1] * bits == wanted[-1] * other:
+            raise ValueError(
+                f"{key} in {name} is packed to {other} bits, but quantization_bit in config.json says {bits}; take "
+                "weights and config.json from one checkpoint."
+            )
+
+
 def check_scales(model: nn.Module, source: Any) -> None:
     """Raise ValueError, naming the tensor, for scales that no quantizer has written.
 

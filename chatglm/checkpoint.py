@@ -223,7 +223,7 @@ def _weight_paths(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-# check_weight_files in modeling_chatglm.py tells the most frequent of these faults to users without this
+# check_weight_files in configuration_chatglm.py tells the most frequent of these faults to users without this
 # package. Sharing would take a root file of its own, to travel with every copy of the weights: importing
 # any of those that are there takes torch, and they must not need this one.
 def _read_weight_file(path: Path) -> WeightFile:
