@@ -428,44 +428,112 @@ def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 NATIVE_SOURCE = r"""
 /* y = x . (integers * scale)^T for a few rows x, straight from the packed weight; GNU C for gcc and clang.
 
-   Activations become 16-bit integers, block by block of columns, so that all sums are exact in 32 bits:
-   LANES weights at a time are widened to 16 bits, multiplied with their activations and added in pairs.
-   256 bits are as wide as it gets: memory is the limit, and the LANES bytes are one group of 32 nibbles. */
+   Activations become 16-bit integers, block by block of columns, so that sums of products are exact.
+   For nibbles they are split into two digits of base 256, because processors multiply bytes best: nibbles are
+   made unsigned by adding 8, and -8 times the activations, added up beforehand, puts that right.
+   256 bits are as wide as it gets: beyond, memory is the limit. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__SSE2__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
 
 #if defined(__AVX2__)
-enum { LANES = 16 };
+enum { WIDTH = 32 }; /* bytes of a vector */
 #else
-enum { LANES = 8 };
+enum { WIDTH = 16 };
 #endif
 enum { FLOAT32, BFLOAT16, FLOAT16 }; /* dtypes of x and scale */
-enum { CHUNK = 32, SLAB = 32, AHEAD = 4096 }; /* rows a thread takes, blocks, bytes to prefetch: measured */
+enum { SLAB = 32 }; /* blocks whose factors are computed together */
+/* Measured: bytes to prefetch, and rows that a thread takes at a time; with 32 it was 15 % slower than with 256. */
+enum { AHEAD = 4096, MOST_ROWS = 256, FEWEST_ROWS = 16 };
 #define INLINE static inline __attribute__((always_inline))
 
-typedef int8_t bytes __attribute__((vector_size(LANES)));
-typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
-typedef int32_t ints __attribute__((vector_size(2 * LANES)));
-typedef float floats __attribute__((vector_size(2 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(WIDTH)));
+typedef uint8_t ubytes __attribute__((vector_size(WIDTH)));
+typedef int16_t shorts __attribute__((vector_size(WIDTH)));
+typedef int32_t ints __attribute__((vector_size(WIDTH)));
+typedef float floats __attribute__((vector_size(WIDTH)));
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+typedef ints partial;
+#else
+typedef shorts partial; /* four vectors of nibbles may be added: 4 * 2 * 2 * 15 * 128 < 32768 */
+#endif
 
 struct linear {
   const int8_t *weight; /* [rows][row_bytes] */
-  const void *scale;    /* [rows] or [rows][blocks] */
+  const void *scale;    /* [rows], or [rows][groups] */
   const void *x;        /* [m][columns] */
   float *y;             /* [m][rows] */
   int64_t rows, columns, m, group; /* group: columns that share a scale, 0 if the whole row does */
   int32_t bits, scale_type, x_type, threads;
-  int64_t row_bytes, block, vectors, blocks, next; /* from here on ours: block in vectors, next row to do */
-  int16_t *integers; /* [m][blocks * block][8 / bits][LANES]: even and odd columns apart for nibbles */
-  float *step;       /* [m][blocks]: what one unit of the integers is worth */
+  /* from here on ours */
+  int64_t row_bytes, groups, blocks;
+  int64_t take, next;    /* rows to take at a time, and the first that no thread has taken */
+  int32_t block, split;  /* vectors of a block of columns, groups in it */
+  int8_t *digits;        /* [m][blocks * block][8 * WIDTH / bits]: four vectors for nibbles, two for bytes */
+  ints *bias;            /* [m][blocks]: what a block's sums begin with */
+  float *step;           /* [m][blocks][split]: what one unit of the integers is worth */
+  void (*multiply_rows)(const struct linear *, int64_t row, int64_t end);
 };
+
+/* sum[i] += a[j] * b[j] for the j of lane i: 2 of 16 bits, 4 of 32 */
+INLINE partial multiply_add(partial sum, ubytes a, bytes b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return (partial)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVXVNNI__)
+  return (partial)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+  return sum + (partial)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (partial)vdotq_s32((int32x4_t)sum, (int8x16_t)a, (int8x16_t)b);
+#elif defined(__ARM_NEON)
+  int16x8_t half = vmlal_s8((int16x8_t)sum, vget_low_s8((int8x16_t)a), vget_low_s8((int8x16_t)b));
+  return (partial)vmlal_s8(half, vget_high_s8((int8x16_t)a), vget_high_s8((int8x16_t)b));
+#else
+  for (int i = 0; i < WIDTH / 2; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sum;
+#endif
+}
+
+/* sum[i] += a[j] * b[j] for the two j of lane i */
+INLINE ints multiply_add_shorts(ints sum, shorts a, shorts b) {
+#if defined(__AVX2__)
+  return sum + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+  int32x4_t half = vmlal_s16((int32x4_t)sum, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+  return (ints)vmlal_s16(half, vget_high_s16((int16x8_t)a), vget_high_s16((int16x8_t)b));
+#else
+  for (int i = 0; i < WIDTH / 4; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sum;
+#endif
+}
+
+INLINE ints join(ints sum, partial high, partial low) {
+  if (sizeof high[0] == 4) return sum + ((ints)high << 8) + (ints)low;
+  const shorts one = (shorts){0} + 1;
+  return multiply_add_shorts(multiply_add_shorts(sum, (shorts)high, one << 8), (shorts)low, one);
+}
+
+INLINE shorts widen(const int8_t *p) {
+#if defined(__AVX2__) /* gcc 12 makes four instructions of the general form */
+  return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+#else
+  int8_t narrow __attribute__((vector_size(WIDTH / 2)));
+  memcpy(&narrow, p, WIDTH / 2);
+  return __builtin_convertvector(narrow, shorts);
+#endif
+}
+
+INLINE bytes vector(const int8_t *p) {
+  bytes v;
+  memcpy(&v, p, WIDTH);
+  return v;
+}
 
 INLINE float from_bits(uint32_t bits) {
   float value;
@@ -479,173 +547,177 @@ static void load(float *out, const void *p, int64_t start, int64_t n, int type) 
   if (type == FLOAT32) memcpy(out, (const float *)p + start, n * sizeof *out);
   if (type == BFLOAT16)
     for (int64_t i = 0; i < n; i++) out[i] = from_bits((uint32_t)halves[i] << 16);
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; type == FLOAT16 && i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + i))));
+#endif
   if (type == FLOAT16)
-    for (int64_t i = 0; i < n; i++) {
+    for (; i < n; i++) {
       uint32_t rest = (uint32_t)(halves[i] & 0x7fff) << 13, sign = (uint32_t)(halves[i] & 0x8000) << 16;
       float finite = from_bits(sign | rest) * 0x1p112f; /* the biases of the exponents differ by 112 */
       out[i] = rest < 0x0f800000 ? finite : from_bits(sign | 0x7f800000 | rest); /* inf, nan */
     }
 }
 
-/* sum[i] += a[j] * b[j] for two j each; which two does not matter, since the lanes are added up in the end */
-INLINE ints multiply_add(ints sum, shorts a, shorts b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return (ints)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
-#elif defined(__AVXVNNI__)
-  return (ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
-#elif defined(__AVX2__)
-  return sum + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return sum + (ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#elif defined(__ARM_NEON)
-  int32x4_t half = vmlal_s16((int32x4_t)sum, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
-  return (ints)vmlal_s16(half, vget_high_s16((int16x8_t)a), vget_high_s16((int16x8_t)b));
-#else
-  for (int i = 0; i < LANES / 2; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
-  return sum;
-#endif
-}
-
-INLINE shorts widen(const int8_t *p) {
-#if defined(__AVX2__) /* gcc 12 makes four instructions of the general form */
-  return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-#else
-  bytes narrow;
-  memcpy(&narrow, p, LANES);
-  return __builtin_convertvector(narrow, shorts);
-#endif
-}
-
-/* Row m of x to integers of at most 32767; columns beyond the last are zeros. A block of inf or nan gives nan. */
-static void quantize(const struct linear *t, int64_t m) {
-  const int64_t parts = 8 / t->bits, width = t->block * LANES * parts;
-  for (int64_t b = 0; b < t->blocks; b++) {
-    int16_t *out = t->integers + (m * t->blocks + b) * width;
-    int64_t start = b * width, count = t->columns - start < width ? t->columns - start : width;
-    float values[256] = {0};
-    uint32_t bits, largest = 0; /* absolute floats order like their bits, and nan comes last */
-    load(values, t->x, m * t->columns + start, count, t->x_type);
-    for (int64_t i = 0; i < width; i++) {
-      memcpy(&bits, values + i, 4);
-      largest = (bits & 0x7fffffff) > largest ? bits & 0x7fffffff : largest;
-    }
-    float peak = from_bits(largest), inverse = peak > 1e-30f ? 32767 / peak : 0;
-    t->step[m * t->blocks + b] = peak / 32767 / (t->bits == 4 ? 16 : 1);
-    if (largest >= 0x7f800000) {
-      t->step[m * t->blocks + b] = NAN;
-      memset(values, 0, sizeof values);
-    }
-    for (int64_t v = 0; v < width; v += LANES * parts)
-      for (int64_t part = 0; part < parts; part++)
-        for (int64_t i = 0; i < LANES; i++) *out++ = (int16_t)rintf(values[v + i * parts + part] * inverse);
+/* Block b of row m of x to integers of at most 32639, which have two signed digits; zeros beyond the last column.
+   A block with inf or nan gives nan. */
+static void quantize(const struct linear *t, int64_t m, int64_t b) {
+  const int64_t width = t->block * WIDTH * 8 / t->bits, at = m * t->blocks + b;
+  const int64_t count = t->columns - b * width < width ? t->columns - b * width : width;
+  float values[WIDTH * 8] = {0};
+  uint32_t bits, largest = 0; /* absolute floats order like their bits, and nan comes last */
+  load(values, t->x, m * t->columns + b * width, count, t->x_type);
+  for (int64_t i = 0; i < width; i++) {
+    memcpy(&bits, values + i, 4);
+    largest = (bits & 0x7fffffff) > largest ? bits & 0x7fffffff : largest;
   }
+  float peak = from_bits(largest), inverse = peak > 1e-30f ? 32639 / peak : 0;
+  for (int i = 0; i < t->split; i++) t->step[at * t->split + i] = largest < 0x7f800000 ? peak / 32639 : NAN;
+  if (largest >= 0x7f800000) memset(values, 0, sizeof values);
+  int16_t integers[WIDTH * 8];
+  for (int64_t i = 0; i < width; i++) integers[i] = (int16_t)rintf(values[i] * inverse);
+  int8_t *restrict out = t->digits + at * width * 2;
+  if (t->bits == 8) {
+    memcpy(out, integers, width * 2);
+    return;
+  }
+  ints bias = {0};
+  for (int64_t v = 0; v < t->block; v++, out += 4 * WIDTH) {
+    int8_t digits[4][WIDTH];
+    for (int i = 0; i < WIDTH; i++) {
+      int16_t even = integers[2 * (v * WIDTH + i)], odd = integers[2 * (v * WIDTH + i) + 1];
+      digits[0][i] = (int8_t)((even + 128) >> 8), digits[1][i] = (int8_t)((odd + 128) >> 8);
+      digits[2][i] = (int8_t)even, digits[3][i] = (int8_t)odd; /* the low byte, signed */
+    }
+    memcpy(out, digits, sizeof digits);
+    const int16_t *x = integers + 2 * WIDTH * v;
+    for (int i = 0; i < WIDTH / 4; i++)
+      for (int j = 0; j < 8; j++) bias[i] -= 8 * x[8 * i + j];
+  }
+  t->bias[at] = bias;
 }
 
-/* Vector v of R rows of the weight, times vector v of M rows of x. Nibbles come out 16 times too large. */
-INLINE void multiply(ints sum[4][4], const int8_t *w, int64_t stride, const int16_t *x, int64_t span, int R, int M,
-                     int bits) {
-  shorts high[4], low[4];
-  for (int r = 0; r < R; r++) {
-    high[r] = widen(w + r * stride);
-    low[r] = high[r] << 12 >> 8;
-    if (bits == 4) high[r] &= -16;
+/* A block of a row of the weight times that of M rows of x, added to sum. */
+INLINE void multiply(ints *sum, const int8_t *w, const int8_t *x, int64_t span, int M, int bits, int block) {
+  partial high[4], low[4];
+  for (int m = 0; m < M; m++) high[m] = low[m] = (partial){0};
+  for (int v = 0; v < block; v++, w += WIDTH, x += 16 * WIDTH / bits) {
+    const ubytes nibbles = (ubytes)vector(w) ^ 0x88, even = nibbles >> 4, odd = nibbles & 15;
+    for (int m = 0; m < M; m++) {
+      const int8_t *d = x + m * span;
+      if (bits == 4) {
+        high[m] = multiply_add(multiply_add(high[m], even, vector(d)), odd, vector(d + WIDTH));
+        low[m] = multiply_add(multiply_add(low[m], even, vector(d + 2 * WIDTH)), odd, vector(d + 3 * WIDTH));
+      } else {
+        sum[m] = multiply_add_shorts(sum[m], widen(w), (shorts)vector(d));
+        sum[m] = multiply_add_shorts(sum[m], widen(w + WIDTH / 2), (shorts)vector(d + WIDTH));
+      }
+    }
+  }
+  for (int m = 0; m < M && bits == 4; m++) sum[m] = join(sum[m], high[m], low[m]);
+}
+
+/* The factor of a block, or two of them for a half each. */
+INLINE floats spread(const float *factor, int split) {
+#if defined(__AVX2__)
+  if (split == 2) return (floats)_mm256_set_m128(_mm_set1_ps(factor[1]), _mm_set1_ps(factor[0]));
+#endif
+  (void)split;
+  return (floats){0} + factor[0];
+}
+
+/* One row of the weight times M rows of x from `first` on; the compiler knows M, bits, block and split. */
+INLINE void multiply_row(const struct linear *t, int64_t row, int64_t first, int M, int bits, int block, int split) {
+  const int64_t size = block * WIDTH, whole = t->row_bytes / size, rest = t->row_bytes % size;
+  const int64_t unit = size * 16 / bits, span = t->blocks * unit;
+  const int8_t *w = t->weight + row * t->row_bytes, *x = t->digits + first * span;
+  int8_t last[8 * WIDTH]; /* the last columns, filled up with zeros */
+  if (rest) memcpy(memset(last, 0, size), w + whole * size, rest);
+  floats total[4];
+  for (int m = 0; m < M; m++) total[m] = (floats){0};
+  for (int64_t slab = 0; slab < t->blocks; slab += SLAB) {
+    const int64_t n = t->blocks - slab < SLAB ? t->blocks - slab : SLAB, groups = t->groups - slab * split;
+    const float *factor = t->step + (first * t->blocks + slab) * split;
+    int64_t next = t->blocks * split; /* from the factors of one row of x to those of the next */
+    float scale[2 * SLAB], product[4][2 * SLAB];
+    if (t->group) {
+      scale[n * split - 1] = 0; /* the last vector may be half a group too long */
+      load(scale, t->scale, row * t->groups + slab * split, groups < n * split ? groups : n * split,
+           t->scale_type);
+      for (int m = 0; m < M; m++)
+        for (int64_t i = 0; i < n * split; i++) product[m][i] = scale[i] * factor[m * next + i];
+      factor = product[0], next = 2 * SLAB;
+    }
+    for (int64_t b = slab; b < slab + n; b++) {
+      ints sum[4];
+      for (int m = 0; m < M; m++) sum[m] = bits == 4 ? t->bias[(first + m) * t->blocks + b] : (ints){0};
+      for (int p = 0; p < size && !first; p += 64) __builtin_prefetch(w + b * size + p + AHEAD);
+      multiply(sum, b < whole ? w + b * size : last, x + b * unit, span, M, bits, block);
+      for (int m = 0; m < M; m++)
+        total[m] += __builtin_convertvector(sum[m], floats) * spread(factor + m * next + (b - slab) * split, split);
+    }
   }
   for (int m = 0; m < M; m++) {
-    shorts even, odd;
-    memcpy(&even, x + m * span, sizeof even);
-    if (bits == 4) memcpy(&odd, x + m * span + LANES, sizeof odd);
-    for (int r = 0; r < R; r++) {
-      sum[r][m] = multiply_add(sum[r][m], high[r], even);
-      if (bits == 4) sum[r][m] = multiply_add(sum[r][m], low[r], odd);
-    }
+    float y = 0, scale = 1;
+    for (int i = 0; i < WIDTH / 4; i++) y += total[m][i];
+    if (!t->group) load(&scale, t->scale, row, 1, t->scale_type);
+    t->y[(first + m) * t->rows + row] = y * scale;
   }
 }
 
-/* R rows of the weight from `row` on, times M rows of x from `first` on; all but `t` known to the compiler. */
-INLINE void tile(const struct linear *t, int64_t row, int64_t first, int R, int M, int bits, int block) {
-  const int64_t stride = t->row_bytes, parts = 8 / bits, per = block ? block : t->block;
-  const int64_t span = t->blocks * per * parts * LANES, full = stride / LANES;
-  const int16_t *x = t->integers + first * span;
-  const int8_t *w = t->weight + row * stride;
-  floats total[4][4];
-  float factor[4][4][SLAB];
-  for (int i = 0; i < R * M; i++) total[i / M][i % M] = (floats){0};
-  for (int64_t slab = 0; slab < t->blocks; slab += SLAB) {
-    const int64_t n = t->blocks - slab < SLAB ? t->blocks - slab : SLAB;
-    for (int r = 0; r < R; r++) {
-      float scale[SLAB];
-      if (t->group) load(scale, t->scale, (row + r) * t->blocks + slab, n, t->scale_type);
-      for (int m = 0; m < M; m++)
-        for (int64_t b = 0; b < n; b++)
-          factor[r][m][b] = (t->group ? scale[b] : 1) * t->step[(first + m) * t->blocks + slab + b];
-    }
-    for (int64_t b = 0; b < n; b++) {
-      ints sum[4][4];
-      for (int i = 0; i < R * M; i++) sum[i / M][i % M] = (ints){0};
-      int64_t v = (slab + b) * per, end = block || v + per < full ? v + per : full;
-      for (int64_t p = (v * LANES + 63) & ~63; p < end * LANES; p += 64)
-        for (int r = 0; r < R && first == 0; r++) __builtin_prefetch(w + r * stride + p + AHEAD);
-      for (; v < end; v++) multiply(sum, w + v * LANES, stride, x + v * parts * LANES, span, R, M, bits);
-      for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) total[r][m] += __builtin_convertvector(sum[r][m], floats) * factor[r][m][b];
-    }
+/* A function for each shape of a block, so that the compiler can unroll it. */
+#define MULTIPLY_ROWS(name, bits, block, split)                                              \
+  static void name(const struct linear *t, int64_t row, int64_t end) {                       \
+    for (; row < end; row++) {                                                               \
+      int64_t m = 0;                                                                         \
+      for (; m + 4 <= t->m; m += 4) multiply_row(t, row, m, 4, bits, block, split);          \
+      for (; m < t->m; m++) multiply_row(t, row, m, 1, bits, block, split);                  \
+    }                                                                                        \
   }
-  if (stride % LANES) { /* what is left of the rows, filled up with zeros */
-    int8_t rest[4][LANES] = {{0}};
-    ints sum[4][4] = {{{0}}};
-    for (int r = 0; r < R; r++) memcpy(rest[r], w + r * stride + full * LANES, stride % LANES);
-    multiply(sum, rest[0], LANES, x + full * parts * LANES, span, R, M, bits);
-    for (int r = 0; r < R; r++)
-      for (int m = 0; m < M; m++)
-        total[r][m] += __builtin_convertvector(sum[r][m], floats) * factor[r][m][(t->blocks - 1) % SLAB];
-  }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
-      float y = 0, scale = 1;
-      for (int i = 0; i < LANES / 2; i++) y += total[r][m][i];
-      if (!t->group) load(&scale, t->scale, row + r, 1, t->scale_type);
-      t->y[(first + m) * t->rows + row + r] = y * scale;
-    }
-}
-
-INLINE void some_rows(const struct linear *t, int64_t row, int64_t end, int bits, int block) {
-  for (; t->m == 1 && row + 4 <= end; row += 4) tile(t, row, 0, 4, 1, bits, block);
-  for (; row + 2 <= end; row += 2) {
-    int64_t m = 0;
-    for (; m + 4 <= t->m; m += 4) tile(t, row, m, 2, 4, bits, block);
-    for (; m < t->m; m++) tile(t, row, m, 2, 1, bits, block);
-  }
-  for (int64_t m = 0; row < end && m < t->m; m++) tile(t, row, m, 1, 1, bits, block);
-}
+MULTIPLY_ROWS(nibbles_half, 4, 1, 2)
+MULTIPLY_ROWS(nibbles_1, 4, 1, 1)
+MULTIPLY_ROWS(nibbles_2, 4, 2, 1)
+MULTIPLY_ROWS(nibbles_4, 4, 4, 1)
+MULTIPLY_ROWS(bytes_1, 8, 1, 1)
+MULTIPLY_ROWS(bytes_2, 8, 2, 1)
+MULTIPLY_ROWS(bytes_4, 8, 4, 1)
+MULTIPLY_ROWS(bytes_8, 8, 8, 1)
 
 /* Every thread takes the next rows that nobody has taken. */
 static void work(void *data) {
   struct linear *t = data;
-  for (int64_t row; (row = __atomic_fetch_add(&t->next, CHUNK, __ATOMIC_RELAXED)) < t->rows;) {
-    int64_t end = row + CHUNK < t->rows ? row + CHUNK : t->rows;
-    if (t->bits == 8) some_rows(t, row, end, 8, 0);
-    else if (t->block == 1) some_rows(t, row, end, 4, 1);
-    else some_rows(t, row, end, 4, 0);
-  }
+  for (int64_t row; (row = __atomic_fetch_add(&t->next, t->take, __ATOMIC_RELAXED)) < t->rows;)
+    t->multiply_rows(t, row, row + t->take < t->rows ? row + t->take : t->rows);
 }
 
 typedef void run_parallel(void (*)(void *), void *, unsigned threads, unsigned flags); /* as GOMP_parallel */
 
 /* Returns 0, or 1 if there is no memory. */
 int chatglm_linear(struct linear *t, run_parallel *parallel) {
-  const int64_t columns = LANES * 8 / t->bits; /* of a vector */
+  const int64_t columns = WIDTH * 8 / t->bits; /* of a vector */
   t->row_bytes = t->columns * t->bits / 8;
-  t->block = (t->group ? t->group : 256) / columns; /* 256 columns: an outlier coarsens few neighbours */
-  t->vectors = (t->columns + columns - 1) / columns;
-  t->blocks = (t->vectors + t->block - 1) / t->block;
+  t->groups = t->group ? t->columns / t->group : 0;
+  t->split = t->group && t->group < columns ? columns / t->group : 1;
+  t->block = t->group ? (t->group + columns - 1) / columns : 4;
+  t->blocks = (t->columns + t->block * columns - 1) / (t->block * columns);
   t->next = 0;
-  t->step = malloc(t->m * t->blocks * (sizeof *t->step + t->block * columns * sizeof *t->integers));
-  if (!t->step) return 1;
-  t->integers = (int16_t *)(t->step + t->m * t->blocks);
-  for (int64_t m = 0; m < t->m; m++) quantize(t, m);
+  t->take = t->rows / (8 * t->threads); /* several times for each thread, since one may be held up */
+  t->take = t->take > MOST_ROWS ? MOST_ROWS : t->take < FEWEST_ROWS ? FEWEST_ROWS : t->take;
+  if (t->split == 2) t->multiply_rows = nibbles_half;
+  else if (t->bits == 4) t->multiply_rows = t->block == 1 ? nibbles_1 : t->block == 2 ? nibbles_2 : nibbles_4;
+  else t->multiply_rows = t->block == 1 ? bytes_1 : t->block == 2 ? bytes_2 : t->block == 4 ? bytes_4 : bytes_8;
+  const int64_t n = t->m * t->blocks, size = t->block * columns * 2;
+  const int64_t needed = n * (size + sizeof(ints) + t->split * sizeof(float));
+  char *memory = aligned_alloc(WIDTH, (needed + WIDTH - 1) / WIDTH * WIDTH);
+  if (!memory) return 1;
+  t->digits = (int8_t *)memory;
+  t->bias = (ints *)(memory + n * size);
+  t->step = (float *)(t->bias + n);
+  for (int64_t i = 0; i < n; i++) quantize(t, i / t->blocks, i % t->blocks);
   if (parallel && t->threads > 1) parallel(work, t, t->threads, 0);
   else work(t);
-  free(t->step);
+  free(memory);
   return 0;
 }
 """
@@ -663,8 +735,9 @@ class _NativeLinear(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in "weight scale x y".split()),
         *((name, ctypes.c_int64) for name in "rows columns m group".split()),
         *((name, ctypes.c_int32) for name in "bits scale_type x_type threads".split()),
-        *((name, ctypes.c_int64) for name in "row_bytes block vectors blocks next".split()),
-        *((name, ctypes.c_void_p) for name in "integers step".split()),
+        *((name, ctypes.c_int64) for name in "row_bytes groups blocks take next".split()),
+        *((name, ctypes.c_int32) for name in "block split".split()),
+        *((name, ctypes.c_void_p) for name in "digits bias step multiply_rows".split()),
     ]
 
 
@@ -816,6 +889,7 @@ def _check_native(kernel: Callable[[_NativeLinear], int], library: Path) -> None
     for bits, m, out, columns, group in (
         (4, 1, 71, 768, 0), (4, 1, 5, 34, 0), (4, 16, 35, 550, 0), (4, 1, 69, 1088, 32), (4, 7, 3, 96, 32),
         (4, 3, 37, 192, 64), (4, 1, 6, 384, 128), (8, 1, 71, 768, 0), (8, 6, 5, 301, 0), (8, 2, 34, 96, 32),
+        (8, 1, 3, 192, 64), (8, 4, 5, 384, 128),
     ):  # fmt: skip
         weight = torch.randint(
             -128, 128, (out, columns * bits // 8), dtype=torch.int8, generator=generator
