@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 # Weights are dequantized in pieces of so many numbers: a piece stays in the caches of a CPU, and a small card can
 # spare the memory.
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
@@ -180,6 +180,7 @@ def plain_on_cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bit
 # Torch's own operators on a CPU
 # ---------------------------------------------------------------------------------------------------------------
 
+ROWS_AT_ONCE = 1024  # whose order is changed at a time, so that little is held beside the weight
 FEW_ROWS = 16  # up to here a product is as good as free beside reading the weight
 
 
@@ -294,10 +295,10 @@ class AtenInt4(Packed):
         self.block = int4_block()
         padded = len(weight) + -len(weight) % self.block  # whole blocks
         self.packed = torch.empty(padded, weight.shape[1], dtype=torch.uint8)
-        for start in range(0, padded, 1024):  # the operator wants 32 bits for every number
-            integers = unpack_int4(weight[start : start + 1024])
-            missing = min(1024, padded - start) - len(integers)
-            self.packed[start : start + 1024] = _int4_pack(F.pad(integers, (0, 0, 0, missing)))
+        for start in range(0, padded, ROWS_AT_ONCE):
+            rows = weight[start : start + ROWS_AT_ONCE]
+            rows = F.pad(rows, (0, 0, 0, min(ROWS_AT_ONCE, padded - start) - len(rows)))
+            self.packed[start : start + ROWS_AT_ONCE] = arrange_int4(rows, self.block)
         self.group = next(g for g in (256, 128, 64, 32) if columns % g == 0)
         self.scale = None if scale.dim() == 2 else scale.float()
         if self.scale is None:
@@ -316,42 +317,48 @@ class AtenInt4(Packed):
         return (y if self.scale is None else y * self.scale).to(x.dtype)
 
     def _rows(self, rows: slice) -> torch.Tensor:
-        integers = self._integers(rows)
+        integers = unpack_int4(self._published(rows))
         if self.scale is not None:
             return integers
         return dequantize_weight(integers, self.inside[:, rows, 0].t()[: len(integers)], 8)
 
-    def _integers(self, rows: slice) -> torch.Tensor:
-        """int8 [rows, in]; `rows` begins with a block, and ends with one or with the last row."""
+    def _published(self, rows: slice) -> torch.Tensor:
+        """int8 [rows, in / 2]; `rows` begins with a block, and ends with one or with the last row."""
         start, stop, _ = rows.indices(self.out_features)
-        blocks = self.packed[start : stop + -stop % self.block].view(
-            -1, self.inside.shape[0] * self.group, self.block // 2
-        )
-        integers = torch.empty(len(blocks), self.block, blocks.shape[1], dtype=torch.int8)
-        integers[:, : self.block // 2] = (blocks & 15).view(torch.int8).transpose(1, 2)
-        integers[:, self.block // 2 :] = (blocks >> 4).view(torch.int8).transpose(1, 2)
-        return integers.sub_(8).flatten(0, 1)[: stop - start]
+        return restore_int4(self.packed[start : stop + -stop % self.block], self.block)[: stop - start]
 
     def unpack(self) -> torch.Tensor:
-        weight = torch.empty(self.out_features, self.packed.shape[1], dtype=torch.int8)
-        for start in range(0, self.out_features, 1024):
-            integers = self._integers(slice(start, start + 1024))
-            weight[start : start + 1024] = (integers[:, 0::2] << 4) | (integers[:, 1::2] & 15)
-        return weight
+        parts = range(0, self.out_features, ROWS_AT_ONCE)
+        return torch.cat([self._published(slice(start, start + ROWS_AT_ONCE)) for start in parts])
 
 
-def _int4_pack(integers: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
+def arrange_int4(weight: torch.Tensor, block: int) -> torch.Tensor:
+    """int8 [rows, in / 2] as published, whole blocks -> uint8 [rows, in / 2] in torch's order."""
+    unsigned = weight.view(torch.uint8) ^ 0x88  # each nibble 8 too large
+    low, high = unsigned.view(-1, 2, block // 2, weight.shape[1]).unbind(1)
+    packed = torch.empty(len(low), weight.shape[1], 2, block // 2, dtype=torch.uint8)
+    packed[:, :, 0] = ((low >> 4) | (high & 0xF0)).transpose(1, 2)  # even columns
+    packed[:, :, 1] = ((low & 0x0F) | (high << 4)).transpose(1, 2)  # odd ones
+    return packed.view(weight.shape)
+
+
+def restore_int4(packed: torch.Tensor, block: int) -> torch.Tensor:
+    """The inverse of `arrange_int4`."""
+    even, odd = packed.view(-1, packed.shape[1], 2, block // 2).transpose(1, 3).unbind(2)
+    unsigned = torch.empty(len(even), 2, block // 2, packed.shape[1], dtype=torch.uint8)
+    unsigned[:, 0] = (even << 4) | (odd & 0x0F)
+    unsigned[:, 1] = (even & 0xF0) | (odd >> 4)
+    return (unsigned ^ 0x88).view(torch.int8).view(packed.shape)
 
 
 @functools.cache
 def int4_block() -> int:
     """Rows that torch's int4 layout keeps together on this CPU, found by looking; 0 if it is another layout."""
-    integers = (torch.arange(128 * 32) * 7 % 16 - 8).to(torch.int8).view(128, 32)
-    packed = _int4_pack(integers)
+    integers = (torch.arange(128 * 32) * 7 % 16 - 8).view(128, 32)
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
+    published = ((integers[:, 0::2] << 4) | (integers[:, 1::2] & 15)).to(torch.int8)
     for block in (64, 32, 16):
-        low, high = (integers + 8).view(-1, 2, block // 2, 32).transpose(2, 3).unbind(1)
-        if torch.equal((low | high << 4).flatten().view(torch.uint8), packed.flatten()):
+        if torch.equal(arrange_int4(published, block).flatten(), theirs.flatten()):
             return block
     return 0
 
