@@ -128,21 +128,25 @@ def _choose_path(device_type: str, forced: str) -> str:
         raise ValueError(f"CHATGLM_KERNELS is {forced!r}; set one of {', '.join(ALL_PATHS)}.")
     if forced == "plain":
         return "plain"
-    candidates = PATHS.get(device_type, ()) if forced == "auto" else (forced,)
-    if forced == "native" and device_type != "cpu":
-        candidates = ()
+    usual = PATHS.get(device_type, ())
+    candidates = usual if forced == "auto" else (forced, *(path for path in usual if path != forced))
     missing = []
     for path in candidates:
         reason = MISSING[path](device_type)
         if reason is None:
-            logger.info("Packed weights on %s are multiplied by the %r path.", device_type, path)
-            return path
+            break
         missing.append(reason)
-    if missing:
-        logger.warning(
-            "Packed weights on %s are multiplied in plain PyTorch: %s", device_type, " ".join(missing)
-        )
-    return "plain"
+    else:
+        path = "plain"
+    asked_for_more = missing and (forced != "auto" or path == "plain")
+    logger.log(
+        logging.WARNING if asked_for_more else logging.INFO,
+        "Packed weights on %s are multiplied by the %r path.%s",
+        device_type,
+        path,
+        "".join(f" {reason}" for reason in missing),
+    )
+    return path
 
 
 def _torch_missing(device_type: str) -> str | None:

@@ -258,11 +258,25 @@ def test_the_chosen_path_is_said_once(forget_choices, caplog):
     assert caplog.messages == ["Packed weights on cpu are multiplied by the 'torch' path."]
 
 
-def test_a_forced_path_that_cannot_run_warns_once_and_falls_back(forget_choices, caplog, monkeypatch):
-    monkeypatch.setenv("CHATGLM_KERNELS", "torch")
-    assert kernels.choose_path("cuda") == kernels.choose_path("cuda") == "plain"
+def test_a_forced_path_that_cannot_run_warns_once_and_the_usual_one_runs(forget_choices, caplog, monkeypatch):
+    monkeypatch.setenv("CHATGLM_KERNELS", "cuda")
+    assert kernels.choose_path("cpu") == kernels.choose_path("cpu") == "torch"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "for the CPU, not for cuda" in caplog.text
+    assert caplog.text.count("by the 'torch' path. ") == 1
+
+
+def test_a_device_without_a_path_of_its_own_takes_the_definition(forget_choices, caplog):
+    assert kernels.choose_path("mps") == "plain"
+    assert not caplog.records
+
+
+def test_a_card_without_any_of_its_kernels_warns_of_what_is_missing(forget_choices, caplog, monkeypatch):
+    for path in kernels.PATHS["cuda"]:
+        monkeypatch.setitem(kernels.MISSING, path, lambda device_type, path=path: f"{path} is not here.")
+    assert kernels.choose_path("cuda") == "plain"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith("by the 'plain' path. cuda is not here. triton is not here.")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
