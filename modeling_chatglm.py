@@ -274,7 +274,8 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.split_heads(self.query_key_value(hidden_states))
-        query, key = self.rotate(query, *rotary), self.rotate(key, *rotary)
+        turned = self.rotate(torch.cat((query, key), dim=1), *rotary)  # one pass over both: [B, H + G, T, D]
+        query, key = turned.split([self.num_heads, self.num_key_value_heads], dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if prefix:
