@@ -383,17 +383,26 @@ class OneDnnFloat(Packed):
 
 
 class FbgemmHalf(Packed):
-    """float16 weights that FBGEMM multiplies in float32, on any x86 CPU; bfloat16 ones that float16 can hold."""
+    """float16 weights that FBGEMM multiplies in float32, on any x86 CPU.
+
+    bfloat16 weights become float16: all but the very small ones, whose error is below 3e-8, are the same numbers.
+    Those are kept beside, so that `unpack` can give back every bit.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.out_features, self.dtype = len(weight), weight.dtype
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+        half = weight.half()
+        self.small = (half.to(weight.dtype) != weight).flatten().nonzero().squeeze(1)
+        self.kept = weight.flatten()[self.small]
+        self.packed = torch.ops.quantized.linear_prepack_fp16(half.float(), None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
 
     def unpack(self) -> torch.Tensor:
-        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0].to(self.dtype)
+        weight = torch.ops.quantized.linear_unpack_fp16(self.packed)[0].to(self.dtype)
+        weight.view(-1)[self.small] = self.kept
+        return weight
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> Packed | None:
@@ -415,9 +424,7 @@ def pack_float(weight: torch.Tensor) -> Packed | None:
         return OneDnnFloat(weight)
     if torch.backends.quantized.engine not in ("fbgemm", "x86"):
         return None
-    if weight.dtype == torch.bfloat16 and not torch.equal(weight.half().bfloat16(), weight):
-        return None
-    return FbgemmHalf(weight)
+    return FbgemmHalf(weight) if weight.abs().amax() <= torch.finfo(torch.float16).max else None
 
 
 def float_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

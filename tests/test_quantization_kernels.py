@@ -155,9 +155,26 @@ def test_float_weights_come_back_from_their_layout_bit_for_bit(dtype):
     assert error(packed(x), x.double() @ weight.double().T) < EXACT[dtype]
 
 
-def test_bfloat16_weights_that_float16_cannot_hold_stay_as_they_are(monkeypatch):
+@pytest.fixture
+def no_bfloat16(monkeypatch):
+    """A CPU without instructions for bfloat16."""
+    if torch.backends.quantized.engine not in ("fbgemm", "x86"):
+        pytest.skip("torch has no FBGEMM on this CPU")
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+
+
+def test_bfloat16_weights_that_float16_cannot_hold_stay_as_they_are(no_bfloat16):
     assert kernels.pack_float(torch.full((64, 64), 1e30).bfloat16()) is None
+
+
+def test_bfloat16_weights_too_small_for_float16_come_back_bit_for_bit(no_bfloat16):
+    weight = (random(72, 100) * torch.logspace(-12, 0, 72)[:, None]).bfloat16()
+    packed = kernels.pack_float(weight)
+    assert isinstance(packed, FbgemmHalf)
+    assert len(packed.small) > 100
+    assert torch.equal(packed.unpack(), weight)
+    x = random(5, 100, seed=2).bfloat16()
+    assert error(packed(x), x.double() @ weight.double().T) < EXACT[torch.bfloat16]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33])
