@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 PROBE_BYTES = 512 << 20  # no cache holds it
+PROBE_PASSES = 3
 SETTLE_SECONDS = 0.05  # idle OpenMP threads spin for some milliseconds before they sleep
 QUIET_SECONDS = 0.3  # of watching before a block begins
 IDLE_FIELDS = ("idle", "iowait")
@@ -41,7 +42,7 @@ class Probe:
 
     def __call__(self) -> float:
         time.sleep(SETTLE_SECONDS)
-        return self.read()
+        return statistics.median(self.read() for _ in range(PROBE_PASSES))
 
 
 def _compiled_probe(threads: int) -> tuple[Callable[[], float], str] | None:
@@ -174,7 +175,7 @@ def machine() -> dict[str, object]:
         "cores": psutil.cpu_count(logical=False),
         "logical cores": os.cpu_count(),
         "memory GB": round(psutil.virtual_memory().total / 1e9, 1),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 

@@ -37,8 +37,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def command_line() -> str:
+    """What was typed; of absolute paths only the name, since the rest is true on one machine alone."""
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    arguments = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]
+    return shlex.join(["python", "-m", module, *arguments])
 
 
 def setting(probe: Any, samples: Sequence[Samples]) -> dict[str, Any]:
