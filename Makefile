@@ -42,9 +42,10 @@ test: check
 	$(BIN)/python -m pytest tests/hub
 	$(BIN)/python -m pytest --ignore=tests/hub
 
+# The kernels do not know transformers, so they are compiled for one of its releases only.
 test-oldest: .venv-oldest/test
 	.venv-oldest/bin/python -m pytest tests/hub
-	.venv-oldest/bin/python -m pytest --ignore=tests/hub
+	.venv-oldest/bin/python -m pytest --ignore=tests/hub --ignore-glob='tests/test_*_kernel*.py'
 
 demo-models: .venv/demo
 	$(BIN)/python -m demo.train --model demo --output chatglm/models/demo
