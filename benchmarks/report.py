@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def command_line() -> str:
-    """What was typed; of absolute paths only the name, since the rest is true on one machine alone."""
-    module = f"benchmarks.{Path(sys.argv[0]).stem}"
-    arguments = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]
-    return shlex.join(["python", "-m", module, *arguments])
+    """What was typed, without options that name a place on this machine alone."""
+    words: list[str] = []
+    for word in sys.argv[1:]:
+        if not Path(word.partition("=")[2] or word).is_absolute():
+            words.append(word)
+        elif not word.startswith("--"):
+            words.pop()  # the option before it
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
 
 
 def setting(probe: Any, samples: Sequence[Samples]) -> dict[str, Any]:
@@ -89,14 +93,24 @@ def introduction(title: str, setting: dict[str, Any], versions: dict[str, str]) 
 
 
 def as_json(samples: Samples) -> dict[str, Any]:
-    return asdict(samples)
+    """The samples as columns with one number a round, None where no block was clean."""
+    blocks = samples.kept
+    names = list(samples.clean[0].seconds) if samples.clean else []
+    return {
+        "seconds": {name: [block and block.seconds[name] for block in blocks] for name in names},
+        "bandwidth": [block and block.bandwidth for block in blocks],
+        "others": [block and block.others for block in blocks],
+        "thrown away": samples.thrown_away,
+    }
 
 
 def save(folder: Path, name: str, data: dict[str, Any], markdown: str) -> list[Path]:
     """Write NAME.json and NAME.md; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    paths[0].write_text(json.dumps(data, indent=1) + "\n")
+    text = json.dumps(data, indent=1)
+    text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list on a line
+    paths[0].write_text(text + "\n")
     paths[1].write_text(markdown)
     return paths
 
@@ -113,7 +127,7 @@ def chart(path: Path, title: str, panels: Sequence[tuple[str, list[tuple[str, fl
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams.update({"svg.hashsalt": "chatglm", "font.size": 9})
+    plt.rcParams.update({"svg.hashsalt": "chatglm", "svg.fonttype": "none", "font.size": 9})
     longest = max(len(bars) for _, bars in panels)
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.2 * len(panels), 0.9 + 0.3 * longest), squeeze=False
