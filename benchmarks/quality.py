@@ -65,13 +65,15 @@ def compare(
     return {"perplexity": math.exp(loss / tokens), "divergence": divergence / tokens, "tokens": tokens}
 
 
-def measure(name: str, number_of_batches: int) -> dict[str, dict[str, Any]]:
+def measure(name: str, number_of_batches: int, number_of_questions: int) -> dict[str, dict[str, Any]]:
     """Every precision of one demo model."""
     folder, book = MODELS / name, Book()
     tokenizer = ChatGLMTokenizer.from_pretrained(folder)
     drawn = batches(book, Encoder(tokenizer), 4096, random.Random(SEED))
     data = [next(drawn) for _ in range(number_of_batches)]
     questions = held_out_questions(book)
+    if number_of_questions < len(questions):
+        questions = random.Random(SEED).sample(questions, number_of_questions)
     load = ChatGLMForConditionalGeneration.from_pretrained
     reference = load(folder, dtype=torch.float32).eval()
     results = {}
@@ -110,8 +112,9 @@ def rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--batches", type=int, default=40, help="of about 4096 tokens (default: 40)")
+    parser.add_argument("--questions", type=int, default=10**6, help="a sample of so many (default: all)")
     options = parser.parse_args()
-    results = {name: measure(name, options.batches) for name in ("demo", "demo-v1")}
+    results = {name: measure(name, options.batches, options.questions) for name in ("demo", "demo-v1")}
     header = [
         "precision", "MB", "perplexity", "lost", "of what a scale a row loses", "divergence", "held-out right",
     ]  # fmt: skip
