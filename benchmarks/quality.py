@@ -65,6 +65,11 @@ def compare(
     return {"perplexity": math.exp(loss / tokens), "divergence": divergence / tokens, "tokens": tokens}
 
 
+def megabytes(model: ChatGLMForConditionalGeneration) -> float:
+    """Of the weights, tied ones once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values()) / 1e6
+
+
 def measure(name: str, number_of_batches: int, number_of_questions: int) -> dict[str, dict[str, Any]]:
     """Every precision of one demo model."""
     folder, book = MODELS / name, Book()
@@ -85,7 +90,7 @@ def measure(name: str, number_of_batches: int, number_of_questions: int) -> dict
             **compare(model, reference, data),
             "right": right,
             "asked": asked,
-            "megabytes": sum(tensor.nbytes for tensor in model.half().state_dict().values()) / 1e6,
+            "megabytes": megabytes(model.half()),
         }
     return results
 
@@ -96,7 +101,8 @@ def rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     lines = []
     for precision, result in results.items():
         lost = result["perplexity"] / plain - 1
-        share = f"{lost / lost_by_rows:.0%}" if precision.startswith("int4, groups") else "-"
+        grouped = "groups" in precision and "embeddings" not in precision
+        share = f"{lost / lost_by_rows:.0%}" if grouped else "-"
         lines.append([
             precision,
             f"{result['megabytes']:.1f}",
@@ -118,7 +124,8 @@ def main() -> None:
     header = [
         "precision", "MB", "perplexity", "lost", "of what a scale a row loses", "divergence", "held-out right",
     ]  # fmt: skip
-    parts = [f"# Quality of packed weights\n\n`{command_line()}` on {machine()}"]
+    where = f"{machine()['processor']}, torch {torch.__version__}, float32 on the CPU"
+    parts = [f"# Quality of packed weights\n\n`{command_line()}` on {where}"]
     for name, result in results.items():
         parts.append(
             f"## {name}, {result['float32']['tokens']} answer tokens\n\n{table(header, rows(result))}"
