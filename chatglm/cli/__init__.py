@@ -15,6 +15,7 @@ from chatglm import __version__
 
 COMMANDS = {
     "chat": "talk with a model in the terminal",
+    "convert": "write a checkpoint in another form: safetensors, another dtype, packed, adapters merged",
     "info": "tell what a model is and the memory it needs, without loading it",
 }
 
