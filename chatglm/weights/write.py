@@ -105,7 +105,7 @@ def complete_folder(dest: Path, overwrite: bool, needed: int) -> Iterator[Path]:
         yield partial
         _put_in_place(partial, dest)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 f"The disk of {dest} became full; nothing is left there of what was begun. Make room for "
                 f"{needed + SPARE:,} bytes or choose another disk."
