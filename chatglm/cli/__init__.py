@@ -16,6 +16,8 @@ from chatglm import __version__
 COMMANDS = {
     "chat": "talk with a model in the terminal",
     "convert": "write a checkpoint in another form: safetensors, another dtype, packed, adapters merged",
+    "download": "fetch a model from the Hub to its cache or to a folder",
+    "export": "write a folder for the Hub that loads anywhere, with a model card",
     "info": "tell what a model is and the memory it needs, without loading it",
 }
 

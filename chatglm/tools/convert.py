@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from chatglm.checkpoint import is_lfs_pointer
-from chatglm.find import local_folder
 from chatglm.hub.configuration_chatglm import CHATGLM, ChatGLMConfig
 from chatglm.hub.quantization import check_packing
 from chatglm.weights.adapter import merge_lora, read_lora
 from chatglm.weights.expected import check_state
-from chatglm.weights.parts import Parts, read_parts, write_parts
+from chatglm.weights.parts import Parts, check_apart, read_parts, write_parts
 from chatglm.weights.read import read_state
 from chatglm.weights.transform import (
     EMBEDDINGS,
@@ -74,21 +73,26 @@ def convert(
     dest = Path(dest).expanduser()
     _check_arguments(dtype, quantize, group_size, quantize_embeddings)
     check_destination(dest, overwrite)
-    _check_apart(source, dest)
-    parts = read_parts(source, revision)
-    parts = replace(parts, state=checked(parts.state))
+    check_apart(source, dest)
+    parts = plain(read_parts(source, revision))
     if merge_adapter is not None:
         parts = with_adapter(parts, Path(merge_adapter).expanduser())
     if prefix is not None:
         parts = with_prefix(parts, Path(prefix).expanduser())
     if quantize is not None:
         parts = packed(parts, quantize, group_size, quantize_embeddings)
-    elif parts.config.family == CHATGLM and parts.config.tie_word_embeddings and not is_packed(parts.state):
-        parts = replace(parts, state=drop_tied_head(parts.state))
     parts = in_dtype(parts, dtype)
     with complete_folder(dest, overwrite, total_bytes(parts.state)) as folder:
         write_parts(parts, folder, progress)
     return parts
+
+
+def plain(parts: Parts) -> Parts:
+    """The same checkpoint: each tensor once, and only numbers that are finite."""
+    state = checked(parts.state)
+    if tied(parts.config) and not is_packed(state):
+        state = drop_tied_head(state)
+    return replace(parts, state=state)
 
 
 def with_adapter(parts: Parts, folder: Path) -> Parts:
@@ -96,10 +100,8 @@ def with_adapter(parts: Parts, folder: Path) -> Parts:
     lora = read_lora(
         _read_settings(folder, "adapter_config.json"), read_state([_one_of(folder, ADAPTER_FILES)])
     )
-    state = parts.state
-    if parts.config.family == CHATGLM and parts.config.tie_word_embeddings:
-        state = drop_tied_head(state)  # an adapter of one of the two would part them
-    return replace(parts, state=merge_lora(state, lora))
+    sentence = f"A LoRA adapter of rank {lora.settings['r']} was merged into them."
+    return parts.with_step(sentence, state=merge_lora(parts.state, lora))
 
 
 def with_prefix(parts: Parts, folder: Path) -> Parts:
@@ -116,19 +118,19 @@ def with_prefix(parts: Parts, folder: Path) -> Parts:
         prefix_projection=f"{PREFIX}trans.0.weight" in state,
     )
     check_state(state, config, folder)
-    return replace(parts, config=config, state=state)
+    sentence = f"A P-Tuning v2 prefix of {config.pre_seq_len} tokens was put beside them."
+    return parts.with_step(sentence, config=config, state=state)
 
 
 def packed(parts: Parts, bits: int, group_size: int | None, embeddings: bool) -> Parts:
     """Linear layers as packed integers, as `model.quantize` makes them."""
-    tied = parts.config.family == CHATGLM and parts.config.tie_word_embeddings
-    if embeddings and parts.config.family == CHATGLM and not tied:
+    if embeddings and parts.config.family == CHATGLM and not tied(parts.config):
         raise ValueError(
             "quantize_embeddings packs embedding and head of ChatGLM-6B as one tensor, but tie_word_embeddings "
             "is false in config.json; leave quantize_embeddings out."
         )
-    state = quantize(drop_tied_head(parts.state) if tied else parts.state, bits, group_size, embeddings)
-    if tied:
+    state = quantize(parts.state, bits, group_size, embeddings)
+    if tied(parts.config):
         state = share_packed_head(state)
     config = changed(
         parts.config,
@@ -136,14 +138,24 @@ def packed(parts: Parts, bits: int, group_size: int | None, embeddings: bool) ->
         quantization_group_size=group_size,
         quantization_embeddings=embeddings,
     )
-    return replace(parts, config=config, state=state)
+    what = "Linear layers, embedding and output layer were" if embeddings else "The linear layers were"
+    scales = f"a scale for {group_size} columns" if group_size else "a scale for a row"
+    return parts.with_step(f"{what} packed to {bits} bits, with {scales}.", config=config, state=state)
 
 
 def in_dtype(parts: Parts, dtype: str | None) -> Parts:
     """All that is not packed in `dtype`; config.json tells the dtype that most of the weights have."""
     state = cast(parts.state, DTYPES[dtype]) if dtype else parts.state
     embedding = next(state[name] for module in EMBEDDINGS for name in _float_names(module) if name in state)
-    return replace(parts, config=changed(parts.config, dtype=embedding.dtype), state=state)
+    config = changed(parts.config, dtype=embedding.dtype)
+    if not dtype:
+        return replace(parts, config=config, state=state)
+    return parts.with_step(f"What is not packed was brought to {dtype}.", config=config, state=state)
+
+
+def tied(config: ChatGLMConfig) -> bool:
+    """Whether the output layer is the embedding once more, as in ChatGLM-6B."""
+    return config.family == CHATGLM and config.tie_word_embeddings
 
 
 def changed(config: ChatGLMConfig, **values: Any) -> ChatGLMConfig:
@@ -165,14 +177,6 @@ def _check_arguments(
     elif group_size or quantize_embeddings:
         name, value = ("group_size", group_size) if group_size else ("quantize_embeddings", True)
         raise ValueError(f"{name} is {value!r}, but nothing is packed; say quantize 8 or 4 too.")
-
-
-def _check_apart(source: str | Path, dest: Path) -> None:
-    path = Path(source).expanduser()
-    folder = (path.parent if path.is_file() else local_folder(source) or path).resolve()
-    target = dest.resolve()
-    if target == folder or target in folder.parents:
-        raise ValueError(f"{dest} is where the source lies; choose another destination.")
 
 
 def _one_of(folder: Path, names: Sequence[str]) -> Path:

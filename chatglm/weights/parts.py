@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig
 
+from chatglm import __version__
 from chatglm.checkpoint import read_checkpoint, read_config
-from chatglm.find import find_checkpoint
+from chatglm.find import OURS, find_checkpoint, local_folder
 from chatglm.hub import configuration_chatglm
 from chatglm.hub.configuration_chatglm import AUTO_MAP, ChatGLMConfig
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
@@ -18,6 +21,7 @@ from chatglm.weights.read import read_state
 from chatglm.weights.tensors import State
 from chatglm.weights.write import write_state
 
+HISTORY_FILE = "conversion.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_FILES = (
     "configuration_chatglm.py",
@@ -36,6 +40,11 @@ class Parts:
     state: State
     tokenizer: ChatGLMTokenizer
     generation: GenerationConfig
+    history: tuple[str, ...]  # where the weights came from and what was done to them, a sentence each
+
+    def with_step(self, sentence: str, **values: Any) -> Parts:
+        """The parts with other `values`, and the sentence that says what was done."""
+        return replace(self, history=(*self.history, sentence), **values)
 
 
 def read_parts(source: str | Path, revision: str | None = None) -> Parts:
@@ -53,7 +62,8 @@ def read_parts(source: str | Path, revision: str | None = None) -> Parts:
     config = ChatGLMConfig.from_dict(keys)
     state = read_state(files)
     check_state(state, config, files[0] if len(files) == 1 else folder)
-    return Parts(config, state, ChatGLMTokenizer.from_pretrained(folder), _generation(folder, config))
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    return Parts(config, state, tokenizer, _generation(folder, config), read_history(folder, str(source)))
 
 
 def write_parts(parts: Parts, folder: Path, progress: bool = True) -> None:
@@ -65,11 +75,34 @@ def write_parts(parts: Parts, folder: Path, progress: bool = True) -> None:
     config.save_pretrained(folder)
     parts.generation.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
+    history = {"made_with": f"chatglm {__version__}", "steps": parts.history}
+    (folder / HISTORY_FILE).write_text(json.dumps(history, indent=2, ensure_ascii=False), encoding="utf-8")
     code = Path(configuration_chatglm.__file__).parent
     for name in HUB_FILES:
         shutil.copyfile(code / name, folder / name)
     write_state(parts.state, folder, progress=progress)
     _check_written(parts.state, folder)
+
+
+def check_apart(source: str | Path, dest: Path) -> None:
+    """Raises ValueError where writing `dest` would replace what is read."""
+    path = Path(source).expanduser()
+    folder = (path.parent if path.is_file() else local_folder(source) or path).resolve()
+    target = dest.resolve()
+    if target == folder or target in folder.parents:
+        raise ValueError(f"{dest} is where the source lies; choose another destination.")
+
+
+def read_history(folder: Path, name: str) -> tuple[str, ...]:
+    """What earlier conversions wrote down, or that the weights are those of `name`."""
+    try:
+        steps = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))["steps"]
+        if steps and all(isinstance(step, str) for step in steps):
+            return tuple(steps)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, or not ours: nothing depends on it but the model card
+    is_path = Path(name).expanduser().exists() and name not in OURS
+    return (f"The weights are those of {Path(name).resolve().name if is_path else name}.",)
 
 
 def _generation(folder: Path, config: ChatGLMConfig) -> GenerationConfig:
