@@ -113,7 +113,7 @@ def _checkpoint(name: str, revision: str | None) -> Checkpoint:
     folder = local_folder(name)
     if folder is not None:
         return read_checkpoint(folder)
-    folder = download(name, revision, weights=False)
+    folder = download(name, revision=revision, weights=False)
     try:
         return read_checkpoint(folder)
     except OSError:  # not downloaded yet, or in part: config.json tells the rest
