@@ -29,6 +29,10 @@ CHATGLM2 = "chatglm2"
 History = list[tuple[str, str]]  # (query, response) of the rounds before
 
 VOCAB_FILES = {CHATGLM: "ice_text.model", CHATGLM2: "tokenizer.model"}
+# A tokenizer file beyond these is refused before it is read: the published ones have 1.0 and 2.7 MB, and 64,789
+# and 130,344 pieces.
+LARGEST_VOCAB_FILE = 16_000_000  # bytes
+MOST_PIECES = 250_000
 IMAGE_TOKENS = 20000  # ids in front of the text pieces of v0.1; the text model never uses them
 BLANK = "▁"  # how SentencePiece writes a space
 # Pieces of ice_text.model that stand for white space.
@@ -926,14 +930,24 @@ def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, str]:
     """Read a tokenizer file; return the processor and the family. Raises ValueError if it is damaged."""
     if not path.is_file():
         raise ValueError(f"There is no tokenizer file {path}; download it from where the weights came from.")
+    if path.stat().st_size > LARGEST_VOCAB_FILE:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, more than a tokenizer file of ChatGLM (at most "
+            f"{LARGEST_VOCAB_FILE:,} are read); download it again."
+        )
     proto, model = path.read_bytes(), SentencePieceProcessor()
     if proto.startswith(b"version https://git-lfs.github.com/spec/v1"):
         raise ValueError(
             f"{path} ({len(proto)} bytes) is only the Git-LFS pointer to the tokenizer file; run "
             "`git lfs pull` in its folder, or download the file itself."
         )
+    fields = _proto_fields(proto)
+    if len(fields) > MOST_PIECES:
+        raise ValueError(
+            f"{path} has more than {MOST_PIECES:,} pieces, which no tokenizer of ChatGLM has; download it again."
+        )
     try:  # pieces, trainer's and normaliser's settings: cut off otherwise
-        whole = {1, 2, 3} <= _proto_fields(proto) and model.LoadFromSerializedProto(proto)
+        whole = {1, 2, 3} <= set(fields) and model.LoadFromSerializedProto(proto)
     except RuntimeError:
         whole = False
     if not whole:
@@ -947,22 +961,26 @@ def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, str]:
     return model, CHATGLM
 
 
-def _proto_fields(proto: bytes) -> set[int]:
-    """Return the numbers of the message's fields; empty if the bytes are not a list of messages."""
-    fields, position = set(), 0
-    while position < len(proto):
+def _proto_fields(proto: bytes) -> list[int]:
+    """Return the numbers of the message's fields; none if the bytes are not a list of messages.
+
+    Stops beyond MOST_PIECES fields; each piece is one (number 1).
+    """
+    fields: list[int] = []
+    position = 0
+    while position < len(proto) and len(fields) <= MOST_PIECES:
         key, length, shift = proto[position], 0, 0
         while True:
             position += 1
-            if key & 7 != 2 or position >= len(proto):
-                return set()
+            if key & 7 != 2 or position >= len(proto) or shift > 28:  # a length has five bytes at most
+                return []
             length |= (proto[position] & 127) << shift
             shift += 7
             if proto[position] < 128:
                 break
-        fields.add(key >> 3)
+        fields.append(key >> 3)
         position += 1 + length
-    return fields if position == len(proto) else set()
+    return fields if position == len(proto) or len(fields) > MOST_PIECES else []
 
 
 def appended_pieces() -> bytes:

@@ -1,12 +1,14 @@
 """What a checkpoint folder holds, read from config.json, file sizes and safetensors headers alone.
 
 Nothing here needs torch, so a damaged or incomplete download is told in a moment, before anything
-large is loaded, and so is the memory a model will need.
+large is loaded, and so is the memory a model will need. Whoever made the files may have meant harm: every
+size is bounded before it is used, and no file outside the folder is read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 from dataclasses import dataclass
@@ -32,7 +34,25 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+# Read by transformers where they are there.
+OPTIONAL_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+LARGEST_HEADER = LARGEST_JSON = 10_000_000  # bytes; published headers and indices have up to 100,000
+DEEPEST = 30  # lists and objects inside one another in a JSON file; published ones have 5
+MOST_DIMENSIONS = 8
+# What sizes in a config.json may be at most: more than any ChatGLM has, and little enough to compute with.
+LARGEST = {"num_layers": 1000, "num_hidden_layers": 1000, "num_labels": 100_000} | dict.fromkeys(
+    "hidden_size inner_hidden_size ffn_hidden_size intermediate_size num_attention_heads num_key_value_heads "
+    "kv_channels multi_query_group_num vocab_size padded_vocab_size pre_seq_len".split(),
+    10_000_000,
+)
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+DTYPE_BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
@@ -105,9 +125,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     config = read_config(folder)
-    weights = tuple(_read_weight_file(path) for path in _weight_paths(folder))
+    weights = tuple(read_weight_file(path) for path in _weight_paths(folder))
     _check_vocabulary(config, weights)
     _check_tokenizer_file(folder, family_of(config))
+    check_optional_files(folder)
     return Checkpoint(folder, config, weights)
 
 
@@ -115,13 +136,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Returns config.json less what may name code: `auto_map` and the keys with a leading _."""
     if not folder.is_dir():
         raise OSError(f"There is no folder {folder}; give the folder that holds config.json.")
-    config = _read_json(_existing(folder / "config.json"))
+    config = read_json(folder / "config.json")
     if config.get("model_type") != "chatglm":
         raise ValueError(
             f"{folder / 'config.json'} says model_type {config.get('model_type')!r}; only "
             "'chatglm', the type of ChatGLM-6B, ChatGLM2-6B and their kin, can be loaded here."
         )
     family_of(config)
+    _check_sizes(config)
     return {key: value for key, value in config.items() if key != "auto_map" and key[:1] != "_"}
 
 
@@ -196,24 +218,45 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _weight_paths(folder: Path) -> list[Path]:
+def check_optional_files(folder: Path) -> None:
+    """Raises OSError or ValueError for a small file that transformers would read and should not."""
+    for path in (folder / name for name in OPTIONAL_FILES):
+        if path.suffix == ".json" and path.exists():
+            read_json(path)
+        elif path.exists():
+            existing(path)
+
+
+def find_weights(folder: Path) -> Path:
+    """The file that loading begins with: the weights, or the index of several files."""
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise OSError(
             f"{folder} holds no weights, neither model.safetensors nor pytorch_model.bin nor the "
             "index of several such files; download them into it."
         )
+    return found
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, by an index; every one is a name in its own folder, of the index's kind."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} names no files of weights (weight_map); download it again.")
+    kind = Path(path.name.removesuffix(".index.json")).suffix
+    for name in weight_map.values():
+        if not isinstance(name, str) or "\0" in name or Path(name).name != name or Path(name).suffix != kind:
+            raise ValueError(
+                f"{path} names {shown(name)}, which is no {kind} file of its own folder; download it again."
+            )
+    return weight_map
+
+
+def _weight_paths(folder: Path) -> list[Path]:
+    found = find_weights(folder)
     if found.suffix != ".json":
         return [found]
-    weight_map = _read_json(_existing(found)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{found} names no files of weights (weight_map); download it again.")
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ValueError(
-            f"{found} names {outside[0]}, which is no file of its own folder; download it again."
-        )
+    names = sorted(set(read_index(found).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise OSError(
@@ -226,8 +269,9 @@ def _weight_paths(folder: Path) -> list[Path]:
 # check_weight_files in configuration_chatglm.py tells the most frequent of these faults to users without this
 # package. Sharing would take a root file of its own, to travel with every copy of the weights: importing
 # any of those that are there takes torch, and they must not need this one.
-def _read_weight_file(path: Path) -> WeightFile:
-    _existing(path)
+def read_weight_file(path: Path) -> WeightFile:
+    """Checks that one file of weights is whole and says what its header does."""
+    existing(path)
     if path.suffix == ".safetensors":
         return WeightFile(path, path.stat().st_size, _read_header(path))
     _check_archive(path)
@@ -235,7 +279,7 @@ def _read_weight_file(path: Path) -> WeightFile:
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:
-    # 8 bytes: length n of the header; n bytes: the header as JSON; then the tensors.
+    # 8 bytes: length n of the header; n bytes: the header as JSON; then the tensors, one behind the other.
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -245,56 +289,98 @@ def _read_header(path: Path) -> dict[str, Tensor]:
                 f"alone would end at byte {start:,}; download it again."
             )
         try:
-            header = json.loads(file.read(start - 8))
+            header = parse_json(file.read(start - 8))
+            if not isinstance(header, dict):
+                raise ValueError("it is no JSON object")
             header.pop("__metadata__", None)
-            tensors = {name: _tensor(entry) for name, entry in header.items()}
-            ends = [entry["data_offsets"][1] for entry in header.values()]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise ValueError(f"{path} has a damaged header; download it again.") from None
-    expected = start + max(ends, default=0)
-    if size != expected:
-        raise OSError(f"{path} has {size:,} bytes where its header says {expected:,}; download it again.")
+            tensors = {name: _tensor(name, entry) for name, entry in header.items()}
+            end = _end_of_data({name: entry["data_offsets"] for name, entry in header.items()})
+        except ValueError as error:
+            raise ValueError(f"{path} has a damaged header ({error}); download it again.") from None
+    if size != start + end:
+        raise OSError(f"{path} has {size:,} bytes where its header says {start + end:,}; download it again.")
     return tensors
 
 
-def _tensor(entry: dict[str, Any]) -> Tensor:
-    begin, end = entry["data_offsets"]
-    return Tensor(entry["dtype"], tuple(entry["shape"]), end - begin)
+def _tensor(name: str, entry: Any) -> Tensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape[:MOST_DIMENSIONS], begin, end]
+        whole = len(shape) <= MOST_DIMENSIONS and all(type(n) is int and 0 <= n < 1 << 60 for n in numbers)
+        itemsize = DTYPE_BYTES[dtype]
+    except (KeyError, TypeError, ValueError):
+        whole, itemsize = False, 0
+    if not whole:
+        raise ValueError(f"{shown(name)} has no known dtype, shape and data_offsets")
+    if math.prod(shape) * itemsize != end - begin:
+        raise ValueError(f"{shown(name)} is {dtype} {shape}, which does not take {end - begin:,} bytes")
+    return Tensor(dtype, tuple(shape), end - begin)
+
+
+def _end_of_data(offsets: dict[str, list[int]]) -> int:
+    """Where the last tensor ends; ValueError if they overlap or leave holes."""
+    position = 0
+    for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
+        if begin != position:
+            fault = "overlaps" if begin < position else "leaves a hole behind"
+            raise ValueError(f"{shown(name)} {fault} the tensor before it")
+        position = end
+    return position
 
 
 def _check_archive(path: Path) -> None:
     with path.open("rb") as file:
         archive = file.read(2) == b"PK"
+    if not archive:
+        return
     # A zip archive has its table of contents at the end: it is missing where a download stopped.
-    if archive and not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):
         raise OSError(
             f"{path} is cut off: it has {path.stat().st_size:,} bytes but no end of the archive; "
             "download it again."
         )
+    try:
+        with zipfile.ZipFile(path) as contents:
+            entries = contents.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is a damaged archive ({error}); download it again.") from None
+    for entry in entries:  # what torch writes is never compressed, so nothing grows when it is read
+        pickled = entry.filename.endswith(".pkl")
+        if entry.compress_type != zipfile.ZIP_STORED or (pickled and entry.file_size > LARGEST_HEADER):
+            raise ValueError(
+                f"{path} is no file of torch: {shown(entry.filename)} in it is compressed, or far too large; "
+                "download it again."
+            )
 
 
 def _check_vocabulary(config: dict[str, Any], weights: tuple[WeightFile, ...]) -> None:
     name, expected = EMBEDDINGS[family_of(config)], sizes_of(config).vocab_size
     for file in weights:
         tensor = file.tensors.get(name)
-        if tensor is not None and tensor.shape[0] != expected:
+        if tensor is not None and tensor.shape[:1] != (expected,):
             raise ValueError(
-                f"{file.path} has embeddings for {tensor.shape[0]} tokens but config.json says "
+                f"{file.path} has embeddings for {tensor.shape[0] if tensor.shape else 0} tokens but config.json says "
                 f"{expected}; take both files from the same release."
             )
 
 
 def _check_tokenizer_file(folder: Path, family: str) -> None:
-    path = _existing(folder / TOKENIZER_FILES[family])
+    path = existing(folder / TOKENIZER_FILES[family])
     if path.stat().st_size == 0:
         raise OSError(f"{path} is empty; download it again.")
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """Returns `path`; OSError if it is no file of its folder, or only git's stand-in for one."""
     if not path.is_file():
         raise OSError(f"{path} is missing; download it into the folder.")
+    if leaves(path, path.parent):
+        raise OSError(
+            f"{path} is a link to {path.resolve()}, outside of its folder; put the file itself into the folder."
+        )
     if is_lfs_pointer(path):
-        size = re.search(rb"^size (\d+)$", path.read_bytes(), re.MULTILINE)
+        with path.open("rb") as file:
+            size = re.search(rb"^size (\d+)$", file.read(1000), re.MULTILINE)
         expected = f" of {int(size[1]):,} bytes" if size else ""
         raise OSError(
             f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the file{expected} "
@@ -303,14 +389,72 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def leaves(path: Path, folder: Path) -> bool:
+    """Whether `path` is, or leads to, something outside of `folder`."""
+    home = folder.resolve()
+    inside, repository = [home], home.parent.parent
+    if home.parent.name == "snapshots" and repository.name.startswith("models--"):
+        # In the Hub's cache files are links to the blobs of their repository, and these to a store of all.
+        inside += [repository / "blobs", repository.parent / "blobs"]
+    return not any(path.resolve().is_relative_to(place) for place in inside)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint."""
+    existing(path)
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, far more than belong there; download it again.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; download it again.")
     return content
+
+
+def parse_json(text: bytes) -> Any:
+    """What JSON text says; ValueError also where a key is there twice, or values are nested too deeply."""
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [content]
+    for _ in range(DEEPEST):
+        level = [child for item in level for child in _children(item)]
+    if level:
+        raise ValueError("nested too deeply")
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(twice)} is there twice")
+    return content
+
+
+def _children(item: Any) -> list[Any]:
+    return list(item.values()) if isinstance(item, dict) else item if isinstance(item, list) else []
+
+
+def shown(name: Any) -> str:
+    """A name out of a file as it may be printed: no control characters, not endless."""
+    text = repr(name)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    for key, largest in LARGEST.items():
+        value = config.get(key)
+        if isinstance(value, int) and value > largest:
+            raise ValueError(
+                f"config.json has {key} {shown(value)}, more than any ChatGLM has (at most {largest:,} is taken); "
+                "take the one that was published with the weights."
+            )
 
 
 def _number(config: dict[str, Any], key: str) -> int:

@@ -75,6 +75,12 @@ def error_of(folder: Path) -> str:
     return message
 
 
+def write_header(path: Path, header: dict[str, Any] | bytes, size: int) -> None:
+    """A safetensors file with this header over `size` bytes of zeros."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+
+
 def test_a_whole_folder_passes_and_tells_its_tensors(folder: Path):
     whole = read_checkpoint(folder)
     (file,) = whole.weights
@@ -147,6 +153,157 @@ def test_a_header_of_absurd_length_is_not_read(folder: Path):
     assert "cut off or no safetensors file" in error_of(folder)
 
 
+def entry(begin: int, end: int, shape: Any = None, dtype: Any = "U8") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"a": entry(0, 60), "b": entry(40, 100)}, "'b' overlaps the tensor before it"),
+        ({"a": entry(0, 100), "b": entry(0, 100)}, "overlaps"),
+        ({"a": entry(0, 40), "b": entry(60, 100)}, "'b' leaves a hole behind"),
+        ({"a": entry(10, 100)}, "leaves a hole behind"),
+        ({"a": entry(0, 100, [99])}, "'a' is U8 [99], which does not take 100 bytes"),
+        ({"a": entry(0, 100, [100], "F16")}, "does not take 100 bytes"),
+        ({"a": entry(100, 0, [])}, "does not take -100 bytes"),
+        ({"a": entry(-100, 0)}, "'a' has no known dtype, shape and data_offsets"),
+        ({"a": entry(0, 100, [10**30])}, "no known dtype, shape"),
+        ({"a": entry(0, 100, [2**40] * 3 + [0])}, "does not take 100 bytes"),
+        ({"a": entry(0, 100, [1] * 100_000)}, "no known dtype, shape"),
+        ({"a": entry(0, 100, [100.0])}, "no known dtype, shape"),
+        ({"a": entry(0, 100, [True, 100])}, "no known dtype, shape"),
+        ({"a": entry(0, 100, "100")}, "no known dtype, shape"),
+        ({"a": entry(0, 100, dtype="object")}, "no known dtype, shape"),
+        ({"a": entry(0, 100, dtype=["U8"])}, "no known dtype, shape"),
+        ({"a": {"dtype": "U8", "shape": [100]}}, "no known dtype, shape"),
+        ({"a": [0, 100]}, "no known dtype, shape"),
+        (b"[1, 2]", "it is no JSON object"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        (b'{"a": {"dtype": "U8", "dtype": "F16"}}', "the key 'dtype' is there twice"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested too deeply"),
+        (b'{"a": ' + b"9" * 100_000 + b"}", "damaged header"),
+        (b'"\xff"', "damaged header"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_header_that_lies_is_refused(folder: Path, header: Any, words: str):
+    write_header(folder / "model.safetensors", header, 100)
+    message = error_of(folder)
+    assert "model.safetensors has a damaged header" in message
+    assert words in message
+    assert len(message) < 500
+
+
+def test_tensors_may_stand_in_any_order_and_be_empty(folder: Path):
+    header = {
+        "b": entry(60, 100),
+        "none": entry(60, 60, [0, 7]),
+        "a": entry(0, 60, [3, 20]),
+        "__metadata__": {},
+    }
+    write_header(folder / "model.safetensors", header, 100)
+    (file,) = read_checkpoint(folder).weights
+    assert file.tensors["a"].shape == (3, 20)
+
+
+def test_a_header_of_a_hundred_megabytes_is_not_read(folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000_001))
+    with path.open("r+b") as file:
+        file.truncate(300_000_000)  # the rest takes no space on the disk
+    assert "its header alone would end at byte 100,000,009" in error_of(folder)
+
+
+def test_the_names_in_a_message_are_short_and_printable(folder: Path):
+    name = "\x1b[31m" + "x" * 10_000
+    write_header(folder / "model.safetensors", {name: entry(0, 1, [7])}, 1)
+    message = error_of(folder)
+    assert "\x1b" not in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": ' * 500 + "1" + "}" * 500, "nested too deeply"),
+        ('{"a": ' * 200_000, "nested too deeply"),
+        ('{"model_type": 1, "model_type": 2}', "the key 'model_type' is there twice"),
+        ('{"a": "' + "x" * 10_000_000 + '"}', "far more than belong there"),
+    ],
+    ids=["500 levels", "200,000 levels", "a key twice", "10 MB"],
+)
+def test_json_that_is_made_to_harm_is_refused(folder: Path, name: str, text: str, words: str):
+    if "index" in name:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / name).write_text(text)
+    message = error_of(folder)
+    assert name in message
+    assert words in message
+
+
+@pytest.mark.parametrize("key", [key for key in checkpoint.LARGEST if key in CHATGLM_6B | CHATGLM2_6B])
+@pytest.mark.parametrize("size", [10**12, 10**4000], ids=["10**12", "10**4000"])
+def test_absurd_sizes_are_refused_before_anything_is_computed_with_them(folder: Path, key: str, size: int):
+    config = CHATGLM_6B if key in CHATGLM_6B and key not in CHATGLM2_6B else CHATGLM2_6B
+    (folder / "config.json").write_text(json.dumps(config | {key: size}))
+    message = error_of(folder)
+    assert f"{key} 1000000000" in message
+    assert "more than any ChatGLM has" in message
+    assert len(message) < 500
+
+
+LINKS = [
+    "config.json",
+    "tokenizer.model",
+    "model.safetensors",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
+def test_a_link_that_leaves_the_folder_is_refused(folder: Path, name: str, absolute: bool):
+    outside = folder.parent / f"outside-{folder.name}"
+    outside.mkdir()
+    for each in LINKS[3:]:
+        (folder / each).write_text("{}")
+    (folder / name).rename(outside / name)
+    (folder / name).symlink_to(outside / name if absolute else Path("..", outside.name, name))
+    message = error_of(folder)
+    assert f"{name} is a link to {outside / name}" in message
+
+
+def test_a_link_inside_the_folder_is_followed(folder: Path):
+    (folder / "files").mkdir()
+    (folder / "model.safetensors").rename(folder / "files" / "weights")
+    (folder / "model.safetensors").symlink_to(Path("files", "weights"))
+    assert read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "store", ["models--someone--tiny/blobs", "blobs"], ids=["its own blobs", "shared blobs"]
+)
+def test_the_links_of_the_cache_of_the_hub_are_followed(folder: Path, tmp_path_factory, store: str):
+    cache = tmp_path_factory.mktemp("cache")
+    snapshot = cache / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / store).mkdir(parents=True)
+    for path in folder.iterdir():
+        path.rename(cache / store / path.name)
+        (snapshot / path.name).symlink_to(cache / store / path.name)
+    assert read_checkpoint(snapshot)
+    other = cache / "models--someone--other" / "blobs"
+    other.mkdir(parents=True)
+    (cache / store / "config.json").rename(other / "config.json")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(other / "config.json")
+    assert "is a link to" in error_of(snapshot)
+
+
 def write_index(folder: Path, names: list[str], kind: str = "model.safetensors") -> None:
     weight_map = {f"tensor{i}": name for i, name in enumerate(names)}
     (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -172,6 +329,46 @@ def test_a_shard_outside_the_folder_is_refused(folder: Path):
     write_index(folder, ["../model.safetensors"])
     write_safetensors(folder.parent / "model.safetensors", {"tensor0": (2,)})
     assert "../model.safetensors" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "model.bin",
+        "..",
+        "",
+        "x\0.safetensors",
+        7,
+        None,
+        ["x"],
+    ],
+    ids=repr,
+)
+def test_an_index_may_only_name_files_of_its_folder_and_kind(folder: Path, name: Any):
+    (folder / "model.safetensors").unlink()
+    write_index(folder, ["model-1.safetensors", name])
+    message = error_of(folder)
+    assert "which is no .safetensors file of its own folder" in message
+    assert checkpoint.shown(name) in message
+
+
+def test_a_bin_file_that_would_grow_when_it_is_read_is_refused(folder: Path):
+    import zipfile
+
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    assert "data.pkl' in it is compressed" in error_of(folder)
+
+
+def test_a_damaged_archive_is_told(folder: Path):
+    (folder / "model.safetensors").unlink()
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 9, 9, 1 << 30, 1 << 30, 0)  # its table is nowhere
+    (folder / "pytorch_model.bin").write_bytes(b"PK" + bytes(100) + end)
+    assert "pytorch_model.bin is a damaged archive" in error_of(folder)
 
 
 def test_a_truncated_bin_file_is_named(folder: Path):
