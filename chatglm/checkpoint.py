@@ -34,6 +34,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+# Keys of a config.json with which transformers loads code: of the folder, or of a kernel on the Hub.
+CODE_KEYS = ("auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")
 # Read by transformers where they are there.
 OPTIONAL_FILES = (
     "generation_config.json",
@@ -133,7 +135,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns config.json less what may name code: `auto_map` and the keys with a leading _."""
+    """Returns config.json less what may name code: CODE_KEYS and the keys with a leading _."""
     if not folder.is_dir():
         raise OSError(f"There is no folder {folder}; give the folder that holds config.json.")
     config = read_json(folder / "config.json")
@@ -144,7 +146,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     family_of(config)
     _check_sizes(config)
-    return {key: value for key, value in config.items() if key != "auto_map" and key[:1] != "_"}
+    return {key: value for key, value in config.items() if key not in CODE_KEYS and key[:1] != "_"}
 
 
 def family_of(config: dict[str, Any]) -> str:

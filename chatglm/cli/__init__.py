@@ -1,7 +1,7 @@
 """The `chatglm` command: one module for each subcommand, imported when it is called.
 
-A module offers `add_arguments(parser)` and `run(arguments)`; what takes long to import is imported
-inside `run`, so that --help answers at once.
+A module offers `add_arguments(parser)` and `run(arguments)`, which may return an exit status; what takes
+long to import is imported inside `run`, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ COMMANDS = {
     "download": "fetch a model from the Hub to its cache or to a folder",
     "export": "write a folder for the Hub that loads anywhere, with a model card",
     "info": "tell what a model is and the memory it needs, without loading it",
+    "verify": "check that a checkpoint is whole and sound, down to every number",
 }
 
 
@@ -27,14 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(argv).parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (OSError, ValueError, MemoryError) as error:
         print(f"chatglm: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
