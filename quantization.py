@@ -242,10 +242,12 @@ class Linear(Prepackable, nn.Linear):
         return type(self.weight) in (torch.Tensor, nn.Parameter)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None and not (hidden_states.requires_grad and torch.is_grad_enabled()):
+        if self.packed is not None:
+            if hidden_states.requires_grad and torch.is_grad_enabled():
+                return F.linear(hidden_states, self.published_weight(), self.bias)
             y = packed_linear(hidden_states, self.packed, self.number)
             return y if self.bias is None else y + self.bias
-        weight = self.published_weight()
+        weight = self.weight
         slow = weight.dtype in (torch.float16, torch.bfloat16) and weight.device.type == "cpu"
         if slow and self._is_plain() and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             y = float_linear(hidden_states, weight)

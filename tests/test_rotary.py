@@ -24,8 +24,8 @@ from chatglm.hub.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     RotaryEmbedding,
     pack_positions,
-    rotate_halves,
-    rotate_pairs,
+    partners_of,
+    rotate,
 )
 
 
@@ -94,10 +94,12 @@ DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloa
 def test_chatglm2_tables_are_the_recorded_ones_of_float32_angles_in_every_dtype(recorded, dtype):
     expected = recorded[f"v3_{dtype}"]  # [positions, pairs, (cos, sin)]
     cos, sin = RotaryEmbedding(ChatGLMConfig())(recorded["positions"][None], DTYPES[dtype])
-    for ours, published in ((cos, expected[..., 0]), (sin, expected[..., 1])):
+    for ours, published, sign in ((cos, expected[..., 0], 1), (sin, expected[..., 1], -1)):
+        turned, passing = ours[0, 0].chunk(2, dim=-1)
         # A pair shares its angle. The angle of position 32767 has steps of 0.002 in float32.
-        assert torch.equal(ours[..., 0::2], ours[..., 1::2])
-        assert_close(ours[0, 0, :, 0::2], published, atol=2e-3 + torch.finfo(DTYPES[dtype]).eps)
+        assert torch.equal(turned[..., 0::2], sign * turned[..., 1::2])
+        assert_close(turned[..., 1::2], published, atol=2e-3 + torch.finfo(DTYPES[dtype]).eps)
+        assert torch.equal(passing, torch.full_like(passing, float(sign == 1)))
 
 
 @pytest.mark.parametrize("dtype", ["float", "half"])
@@ -106,12 +108,12 @@ def test_chatglm_6b_tables_are_the_recorded_ones_half_arithmetic_included(record
     positions = positions[positions < 2048]
     packed = pack_positions(torch.stack((positions, positions.flip(0)))[None])
     cos, sin = RotaryEmbedding(ChatGLMConfig.chatglm_6b())(packed, DTYPES[dtype])
-    for ours, name in ((cos, "cos"), (sin, "sin")):
+    for ours, name, sign in ((cos, "cos", 1), (sin, "sin", -1)):
         published = recorded[f"v1_{name}_{dtype}"]
         first, second = ours[0, 0].chunk(2, dim=-1)  # turned by the position, by the block
         for part, expected in ((first, published), (second, published.flip(0))):
-            assert torch.equal(part[:, :32], part[:, 32:])
-            assert_close(part[:, :32], expected, atol=2 * torch.finfo(DTYPES[dtype]).eps)
+            assert torch.equal(part[:, :32], sign * part[:, 32:])
+            assert_close(part[:, 32:], expected, atol=2 * torch.finfo(DTYPES[dtype]).eps)
 
 
 def test_chatglm_6b_in_bfloat16_has_float32_angles(recorded):
@@ -148,14 +150,22 @@ ANGLE = 0.3
 
 def test_chatglm_6b_turns_the_halves_of_each_part():
     states = torch.tensor([[[[1.0, 0.0, 0.0, 2.0]]]])  # parts (1, 0) and (0, 2)
-    cos, sin = (torch.full((1, 1, 1, 4), f(ANGLE)) for f in (math.cos, math.sin))
-    turned = rotate_halves(states, cos, sin, parts=2)[0, 0, 0]
-    expected = [math.cos(ANGLE), math.sin(ANGLE), -2 * math.sin(ANGLE), 2 * math.cos(ANGLE)]
-    torch.testing.assert_close(turned, torch.tensor(expected))
+    cos, sin = math.cos(ANGLE), math.sin(ANGLE)
+    turned = rotate(states, torch.full((4,), cos), torch.tensor([-sin, sin, -sin, sin]), (2, 2, 1), -2)
+    torch.testing.assert_close(turned[0, 0, 0], torch.tensor([cos, sin, -2 * sin, 2 * cos]))
 
 
 def test_chatglm2_turns_neighbouring_pairs_of_the_first_half_only():
     states = torch.tensor([[[[1.0, 0.0, 5.0, 6.0]]]])
-    cos, sin = (torch.full((1, 1, 1, 2), f(ANGLE)) for f in (math.cos, math.sin))
-    turned = rotate_pairs(states, cos, sin)[0, 0, 0]
-    torch.testing.assert_close(turned, torch.tensor([math.cos(ANGLE), math.sin(ANGLE), 5.0, 6.0]))
+    cos, sin = math.cos(ANGLE), math.sin(ANGLE)
+    turned = rotate(states, torch.tensor([cos, cos, 1, 1]), torch.tensor([-sin, sin, 0, 0]), (2, 2), -1)
+    torch.testing.assert_close(turned[0, 0, 0], torch.tensor([cos, sin, 5.0, 6.0]))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"position_encoding_2d": False}], ids=["2d", "1d"])
+def test_partners_of_chatglm_6b_lie_half_a_part_away(overrides):
+    config = tiny_config(CHATGLM, **overrides)
+    pairs, axis = partners_of(config)
+    channels = torch.arange(config.head_dim).view(pairs)
+    distance = (channels.flip(axis) - channels).abs()
+    assert (distance == config.head_dim // (2 if overrides else 4)).all()

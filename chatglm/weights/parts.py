@@ -25,6 +25,7 @@ HISTORY_FILE = "conversion.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_FILES = (
     "configuration_chatglm.py",
+    "generation_chatglm.py",
     "modeling_chatglm.py",
     "quantization.py",
     "quantization_kernels.py",

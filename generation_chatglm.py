@@ -1,0 +1,284 @@
+"""From logits to tokens: a cache that grows in place, the choice of a token, and the one decoding loop.
+
+`generate`, streams and chats come through `decode_steps`. It knows tokens and scores only: what the model makes of
+them is in modeling_chatglm.py, and all text in tokenization_chatglm.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+STEP = 256  # tokens by which caches, masks and rotary tables grow: short chats do not pay for long ones
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values [B, G, T, D] of one layer, at the front of buffers that have room for more.
+
+    A token is written in place; `DynamicLayer` copies all that came before it. With `dtype` they are kept in
+    another one than they come in.
+    """
+
+    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.kept_dtype = dtype
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [B, G, new, D]; return all keys and all values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        end = past + key_states.shape[-2]
+        if not self._has_room(end):
+            self._buffers = (
+                self._enlarged(self.keys, key_states, past, end),
+                self._enlarged(self.values, value_states, past, end),
+            )
+        keys, values = self._buffers
+        keys[:, :, past:end] = key_states
+        values[:, :, past:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def _has_room(self, end: int) -> bool:
+        """Whether `end` tokens fit, and nobody has put other tensors into `keys` (beams do)."""
+        buffers = self._buffers
+        return (
+            buffers is not None
+            and end <= buffers[0].shape[2]
+            and self.keys.data_ptr() == buffers[0].data_ptr()
+        )
+
+    def _enlarged(self, states: torch.Tensor, new: torch.Tensor, past: int, end: int) -> torch.Tensor:
+        room = -(-(end + 1) // STEP) * STEP  # and not full right after the prompt
+        buffer = new.new_empty(*new.shape[:2], room, new.shape[3], dtype=self.kept_dtype)
+        if past:
+            buffer[:, :, :past] = states
+        return buffer
+
+
+class GrowingCache(DynamicCache):
+    """A DynamicCache whose layers are written in place."""
+
+    def __init__(self, num_layers: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.layers = [GrowingLayer(dtype) for _ in range(num_layers)]
+        self.layer_class_to_replicate = GrowingLayer
+
+
+class Sampler:
+    """Chooses the next token of every row from scores [B, V]: the likeliest, or one drawn.
+
+    Temperature, top-k and top-p at the end of the processors are done together: after top-k only its few scores are
+    sorted, never the vocabulary. The distribution is that of the processors one by one.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, do_sample: bool) -> None:
+        self.processors, self.do_sample = list(processors), do_sample
+        self.temperature, self.top_k, self.top_p = 1.0, 0, 1.0
+        tail = [type(processor) for processor in self.processors[-3:]]
+        if do_sample and tail == [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper]:
+            temperature, top_k, top_p = self.processors[-3:]
+            self._take(3, temperature.temperature, top_k, top_p.top_p)
+        elif do_sample and tail[-2:] == [TopKLogitsWarper, TopPLogitsWarper]:
+            self._take(2, 1.0, self.processors[-2], self.processors[-1].top_p)
+
+    def _take(self, number: int, temperature: float, top_k: TopKLogitsWarper, top_p: float) -> None:
+        del self.processors[-number:]
+        self.temperature, self.top_k, self.top_p = temperature, top_k.top_k, top_p
+
+    def __call__(self, sequences: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Token ids [B]."""
+        for processor in self.processors:
+            scores = processor(sequences, scores)
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        ids, probabilities = self.distribution(scores)
+        drawn = torch.multinomial(probabilities, 1)
+        return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
+
+    def distribution(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Ids [B, k] and their probabilities, or None for all ids; the sums need not be 1."""
+        if not self.top_k:
+            return None, scores.softmax(dim=-1)
+        best, ids = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)  # descending
+        probabilities = (best / self.temperature).softmax(dim=-1)
+        # A token stays while those before it have less than top_p: the first one always does.
+        before = probabilities.cumsum(dim=-1) - probabilities
+        return ids, probabilities.masked_fill(before >= self.top_p, 0.0)
+
+
+class StopCheck:
+    """Tells which rows have ended: the usual two criteria from the new tokens alone, others as they ask."""
+
+    def __init__(self, criteria: Any) -> None:
+        self.max_length = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
+        self.ends = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
+        self.others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+
+    def __call__(self, sequences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """[B], True for rows that end with `tokens` [B]."""
+        if self.max_length is not None and sequences.shape[1] >= self.max_length:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        done = torch.zeros_like(tokens, dtype=torch.bool)
+        for ids in self.ends:
+            done |= torch.isin(tokens, ids.to(tokens.device))
+        for criterion in self.others:
+            done |= criterion(sequences, None)
+        return done
+
+
+def decode_steps(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Iterator[tuple[torch.Tensor, Cache]]:
+    """The decoding loop: yields the sequences so far [B, T] and the cache after every token.
+
+    `generate` calls it with everything prepared. The cache never holds the token that was chosen last. Closing
+    the iterator frees all of it at once.
+    """
+    sampler, stop = Sampler(logits_processor, generation_config.do_sample), StopCheck(stopping_criteria)
+    padding = generation_config._pad_token_tensor
+    sequences, finished = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    steps = next_scores(model, input_ids, model_kwargs)
+    scores, cache = next(steps)
+    while True:
+        with torch.no_grad():
+            tokens = sampler(sequences, scores)
+            if padding is not None and len(tokens) > 1:
+                tokens = torch.where(finished, padding, tokens)
+            sequences = torch.cat((sequences, tokens[:, None]), dim=-1)
+            finished = finished | stop(sequences, tokens)
+        ended = bool(finished.all())
+        yield sequences, cache
+        if ended:
+            return
+        scores, cache = steps.send(tokens[:, None])
+
+
+def next_scores(
+    model: Any, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+) -> Iterator[tuple[torch.Tensor, Cache]]:
+    """Scores [B, V] in float32 after `input_ids`, then after each [B, 1] that is sent in, and the cache."""
+    mask, positions, cache = (
+        model_kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values")
+    )
+    if cache is None or (type(cache) is DynamicCache and not cache.get_seq_length()):
+        cache = GrowingCache(model.config.num_layers, model.cache_dtype)
+    with torch.no_grad():
+        outputs = model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    tokens = yield outputs.logits[:, -1].float(), cache
+    del outputs
+    step = model.one_token_step() if isinstance(cache, GrowingCache) else None
+    state = (
+        prepared_steps(model, step, cache, mask, positions)
+        if step
+        else plain_steps(model, cache, mask, positions)
+    )
+    next(state)
+    while True:
+        tokens = yield state.send(tokens), cache
+
+
+def plain_steps(model: Any, cache: Cache, mask: Any, positions: Any) -> Iterator[torch.Tensor]:
+    """One call of the whole model a token, with arguments that grow: sent [B, 1], yields scores [B, V]."""
+    tokens = yield
+    while True:
+        positions = None if positions is None else positions[:, -1:] + 1
+        mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+        with torch.no_grad():
+            outputs = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        tokens = yield outputs.logits[:, -1].float()
+
+
+def prepared_steps(
+    model: Any, step: Any, cache: GrowingCache, mask: torch.Tensor | None, positions: torch.Tensor | None
+) -> Iterator[torch.Tensor]:
+    """The same through the model's `OneTokenStep`, with what does not depend on the token made ahead."""
+    past, first = cache.get_seq_length(), model.next_position(cache, mask, positions)  # first: [B or 1, 1]
+    padded = mask is not None and not bool(mask.all())
+    visible, made, tokens = None, 0, (yield)
+    while True:
+        with torch.no_grad():
+            i = made % STEP
+            if i == 0:
+                cos, sin = step.tables(first + torch.arange(made, made + STEP, device=first.device))
+                if padded:
+                    visible = F.pad(mask, (0, made + STEP), value=1).bool()[:, None, None]
+            made += 1
+            scores = step(
+                tokens,
+                (cos[:, :, i : i + 1], sin[:, :, i : i + 1]),
+                visible[..., : past + made] if padded else None,
+                cache,
+            )
+        if hasattr(cache, "glm_next_position"):  # for a later `forward` without positions
+            cache.glm_next_position = (past + made, first + made)
+        tokens = yield scores
+
+
+class FiniteScores(LogitsProcessor):
+    """Stops a generation whose scores are no longer numbers, instead of sampling from them."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        highest = scores.amax(dim=-1)  # NaN if there is one
+        broken = torch.isnan(highest) | torch.isposinf(highest)
+        if broken.any():
+            row = int(broken.nonzero()[0])
+            raise ValueError(
+                f"The scores of new token {self.step} in row {row} are NaN or infinite: the weights are damaged, "
+                "or float16 overflowed; check the files, or load the model in bfloat16 or float32."
+            )
+        return scores
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """For old callers: a row with NaN or infinite scores gets one certain token, the published choice.
+
+    Our own `chat` does not use it (see FiniteScores): it hides damaged weights.
+    """
+
+    FALLBACK_TOKEN_ID = 5
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        broken = ~torch.isfinite(scores).all(dim=-1, keepdim=True)
+        fallback = torch.zeros_like(scores)
+        fallback[:, self.FALLBACK_TOKEN_ID] = 5e4
+        return torch.where(broken, fallback, scores)
