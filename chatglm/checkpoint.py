@@ -53,6 +53,7 @@ LARGEST = {"num_layers": 1000, "num_hidden_layers": 1000, "num_labels": 100_000}
     "kv_channels multi_query_group_num vocab_size padded_vocab_size pre_seq_len".split(),
     10_000_000,
 )
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # that a config.json may name
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 DTYPE_BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
 
@@ -146,6 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     family_of(config)
     _check_sizes(config)
+    _check_dtype(config)
     return {key: value for key, value in config.items() if key not in CODE_KEYS and key[:1] != "_"}
 
 
@@ -457,6 +459,13 @@ def _check_sizes(config: dict[str, Any]) -> None:
                 f"config.json has {key} {shown(value)}, more than any ChatGLM has (at most {largest:,} is taken); "
                 "take the one that was published with the weights."
             )
+
+
+def _check_dtype(config: dict[str, Any]) -> None:
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if value is not None and str(value).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"config.json has {key} {shown(value)}; it must be one of {', '.join(DTYPES)}.")
 
 
 def _number(config: dict[str, Any], key: str) -> int:

@@ -396,8 +396,10 @@ def test_a_vocabulary_of_another_release_is_told_with_both_sizes(folder: Path):
         ({"inner_hidden_size": 4}, "keys of both families"),
         ({"padded_vocab_size": "many"}, "padded_vocab_size 'many'"),
         ({"num_layers": 0}, "num_layers 0"),
+        ({"torch_dtype": "int4"}, "torch_dtype 'int4'"),
+        ({"dtype": ["float16"]}, "dtype ['float16']"),
     ],
-    ids=["another type", "both families", "a word for a number", "no layers"],
+    ids=["another type", "both families", "a word for a number", "no layers", "no dtype", "several dtypes"],
 )
 def test_a_config_that_cannot_be_is_refused(folder: Path, change: dict[str, Any], words: str):
     (folder / "config.json").write_text(json.dumps(CHATGLM2_6B | change))

@@ -7,28 +7,20 @@ others from being made.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from chatglm.checkpoint import (
     CODE_KEYS,
-    LARGEST_JSON,
     check_optional_files,
     existing,
-    find_weights,
-    leaves,
     read_config,
-    read_index,
     read_json,
-    read_weight_file,
     shown,
     sizes_of,
 )
@@ -36,40 +28,19 @@ from chatglm.find import local_folder
 from chatglm.hub.configuration_chatglm import AUTO_MAP, CHATGLM, ChatGLMConfig
 from chatglm.hub.quantization import give_back
 from chatglm.hub.tokenization_chatglm import VOCAB_FILES, ChatGLMTokenizer
-from chatglm.weights.expected import HEAD, expected_shapes, is_passed_over, may_be_missing
-from chatglm.weights.read import read_state
+from chatglm.tools.contents import Contents, module_of
+from chatglm.tools.hashes import check_hashes
+from chatglm.tools.report import NOT_CHECKED, OK, PROBLEM, Check, Report, byte_bar, result, sentence, some
+from chatglm.weights.expected import is_passed_over, may_be_missing
 from chatglm.weights.tensors import State, Tensor
-from chatglm.weights.transform import EMBEDDINGS, HEADS, PREFIX, dtype_name
+from chatglm.weights.transform import EMBEDDINGS, HEADS, dtype_name
 
-OK, PROBLEM, NOT_CHECKED = "ok", "problem", "not checked"
-FEW = 3  # of the names that a problem has, how many are told
 TOKENIZER_CLASS = "tokenization_chatglm.ChatGLMTokenizer"
 CLASSES = {*AUTO_MAP.values(), TOKENIZER_CLASS, "modeling_chatglm.ChatGLMModel"}
 HARMLESS_KEYS = ("_name_or_path", "_commit_hash")  # private, and written by transformers itself
 # ChatGLM-6B's output layer, and its embedding, which is the same.
 TIED = {f"{HEADS[0]}.{kind}": f"{EMBEDDINGS[0]}.{kind}" for kind in ("weight", "weight_scale")}
 CHUNK = 1 << 22  # numbers that are looked at in one piece
-HASH_LINE = re.compile(r"\\?([0-9a-fA-F]{64})[ \t][ *]?(.+)")  # sha256sum: hash, blank, blank or *, name
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report: what was checked, "ok", "problem" or "not checked", and a sentence."""
-
-    name: str
-    result: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Report:
-    folder: Path
-    checks: tuple[Check, ...]
-
-    @property
-    def sound(self) -> bool:
-        """Whether no check found a problem."""
-        return all(check.result != PROBLEM for check in self.checks)
 
 
 def verify(folder: str | Path, sha256: str | Path | None = None, progress: bool = True) -> Report:
@@ -109,124 +80,7 @@ def _made(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:  # whatever a folder can bring up is a finding; the other checks go on
-        return Check(name, PROBLEM, _sentence(error))
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, (OSError, ValueError)):
-        return str(error)
-    first = (str(error).splitlines() or [""])[0]
-    return f"It cannot be checked ({type(error).__name__}: {first[:200]}); take another copy."
-
-
-def _result(name: str, problems: list[str], fine: str) -> Check:
-    return Check(name, PROBLEM, " ".join(problems)) if problems else Check(name, OK, fine)
-
-
-def _some(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
-    names = [name if name.isprintable() and len(name) < 100 else shown(name) for name in names]
-    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    return ", ".join(names[:FEW]) + more
-
-
-def _bar(name: str, total: int, progress: bool) -> tqdm:
-    """Counts bytes; None: on a terminal only."""
-    return tqdm(desc=name, total=total, unit="B", unit_scale=True, disable=None if progress else True)
-
-
-# ---- what is in the folder
-
-
-@dataclass
-class Contents:
-    """What can be read of a folder; the faults of its weight files are kept beside."""
-
-    folder: Path
-    faults: list[str] = field(default_factory=list)
-
-    @cached_property
-    def config(self) -> ChatGLMConfig | None:
-        """None if config.json is not one of ours."""
-        try:
-            keys = read_config(self.folder)
-            sizes_of(keys)
-            return ChatGLMConfig.from_dict(keys)
-        except Exception:  # check_config says what is wrong
-            return None
-
-    @cached_property
-    def index(self) -> Path | None:
-        try:
-            first = find_weights(self.folder)
-        except OSError:
-            return None
-        return first if first.suffix == ".json" else None
-
-    @cached_property
-    def weight_map(self) -> dict[str, str]:
-        return read_index(self.index) if self.index else {}
-
-    @cached_property
-    def files(self) -> list[Path]:
-        """The files of weights that loading reads, whether they are there or not."""
-        try:
-            first = find_weights(self.folder)
-            names = sorted(set(self.weight_map.values())) if self.index else [first.name]
-        except (OSError, ValueError) as error:
-            self.faults.append(str(error))
-            return []
-        return [self.folder / name for name in names]
-
-    @cached_property
-    def states(self) -> dict[str, State]:
-        """The tensors of each file of weights that can be read, by the name of the file."""
-        states = {}
-        for path in self.files:
-            try:
-                read_weight_file(path)
-                states[path.name] = read_state([path])
-            except Exception as error:  # one damaged file does not hide the others
-                self.faults.append(_sentence(error))
-        return states
-
-    @cached_property
-    def state(self) -> State:
-        """All tensors; of those that two files hold, one."""
-        return {name: tensor for state in self.states.values() for name, tensor in state.items()}
-
-    @cached_property
-    def model_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the model that chats."""
-        assert self.config is not None
-        return expected_shapes(self.config)
-
-    @cached_property
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that the folder should hold."""
-        assert self.config is not None
-        shapes = self.model_shapes
-        if self.is_classifier:
-            labels = self.config.num_labels
-            shapes = {name: shape for name, shape in shapes.items() if _module(name) not in HEADS}
-            shapes[f"{HEAD}weight"], shapes[f"{HEAD}bias"] = (labels, self.config.hidden_size), (labels,)
-        if self.is_prefix_alone:
-            shapes = {name: shape for name, shape in shapes.items() if name.startswith(PREFIX)}
-        return shapes
-
-    @property
-    def is_classifier(self) -> bool:
-        """ChatGLMForSequenceClassification: a head for labels in place of the output layer."""
-        return any(name.startswith(HEAD) for name in self.state)
-
-    @property
-    def is_prefix_alone(self) -> bool:
-        """What P-Tuning v2 saves: the prefix encoder, to be loaded beside the weights it was trained on."""
-        return bool(self.state) and all(name.startswith(PREFIX) for name in self.state)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+        return Check(name, PROBLEM, sentence(error))
 
 
 # ---- config.json
@@ -264,19 +118,19 @@ def check_code(contents: Contents) -> Check:
     private += [key for key in CODE_KEYS if key != "auto_map" and config.get(key)]
     problems = []
     if strange:
-        targets = _some(f"{auto}: {target}" for auto, target in strange.items())
+        targets = some(f"{auto}: {target}" for auto, target in strange.items())
         problems.append(
             f"auto_map names code that is not ChatGLM's ({targets}); chatglm never runs it, but trust_remote_code "
             "would: remove it."
         )
     if private:
         problems.append(
-            f"config.json has {_some(private)}, with which transformers can be made to load code; chatglm ignores "
+            f"config.json has {some(private)}, with which transformers can be made to load code; chatglm ignores "
             "it: remove it."
         )
     python = sorted(path.name for path in contents.folder.glob("*.py"))
-    files = f" Of the Python files in the folder ({_some(python)}) chatglm runs none." if python else ""
-    return _result("code", problems, f"The settings name no code but ChatGLM's own.{files}")
+    files = f" Of the Python files in the folder ({some(python)}) chatglm runs none." if python else ""
+    return result("code", problems, f"The settings name no code but ChatGLM's own.{files}")
 
 
 def _auto_map(settings: dict[str, Any]) -> dict[str, Any]:
@@ -304,16 +158,16 @@ def check_files(contents: Contents) -> Check:
     size = sum(tensor.nbytes for tensor in contents.state.values())
     unused = [path for kind in ("safetensors", "bin") for path in contents.folder.glob(f"*.{kind}")]
     names = sorted(path.name for path in unused if path not in contents.files)
-    others = f" Loading does not read {_some(names)}." if names else ""
+    others = f" Loading does not read {some(names)}." if names else ""
     files = f"{len(states)} file{'s' * (len(states) != 1)}"
-    return _result("files", contents.faults, f"{files}, whole, with {size:,} bytes of weights.{others}")
+    return result("files", contents.faults, f"{files}, whole, with {size:,} bytes of weights.{others}")
 
 
 def check_index(contents: Contents) -> Check:
     twice = [name for name, count in _count(contents.states).items() if count > 1]
-    problems = [f"Several files hold {_some(twice)}; download the checkpoint again."] if twice else []
+    problems = [f"Several files hold {some(twice)}; download the checkpoint again."] if twice else []
     if contents.index is None:
-        return _result("index", problems, "There is none, and none is needed.")
+        return result("index", problems, "There is none, and none is needed.")
     weight_map = contents.weight_map
     held = {name: file for file, state in contents.states.items() for name in state}
     lacking = [name for name, file in weight_map.items() if file in contents.states and name not in held]
@@ -325,11 +179,11 @@ def check_index(contents: Contents) -> Check:
         (unknown, "does not name all tensors that the files hold"),
     ):
         if names:
-            problems.append(f"{contents.index.name} {fault}: {_some(names)}; download the checkpoint again.")
+            problems.append(f"{contents.index.name} {fault}: {some(names)}; download the checkpoint again.")
     shards = _shards_beside(contents.index, weight_map)
     if shards:
-        problems.append(f"{contents.index.name} does not name {_some(shards)}; remove what is not its own.")
-    return _result("index", problems, f"Every tensor is in the file that is said.{_total(contents)}")
+        problems.append(f"{contents.index.name} does not name {some(shards)}; remove what is not its own.")
+    return result("index", problems, f"Every tensor is in the file that is said.{_total(contents)}")
 
 
 def _count(states: dict[str, State]) -> Counter[str]:
@@ -339,7 +193,7 @@ def _count(states: dict[str, State]) -> Counter[str]:
 def _shards_beside(index: Path, weight_map: dict[str, str]) -> list[str]:
     stem, _, kind = index.name.removesuffix(".index.json").rpartition(".")
     found = (path.name for path in index.parent.glob(f"{stem}-*-of-*.{kind}"))
-    return sorted(name for name in found if name not in weight_map.values())
+    return sorted(set(found).difference(weight_map.values()))
 
 
 def _total(contents: Contents) -> str:
@@ -366,23 +220,22 @@ def check_names(contents: Contents) -> Check:
     if missing:
         problems.append(
             f"{len(missing)} of the {len(contents.expected)} tensors that config.json asks for are missing: "
-            f"{_some(missing)}; download the checkpoint again, with all of its files."
+            f"{some(missing)}; download the checkpoint again, with all of its files."
         )
     if unknown:
         problems.append(
-            f"{len(unknown)} tensors are of no model with this config.json: {_some(unknown)}; take the one that was "
-            "published with the weights."
+            f"No model with this config.json has {some(unknown)}; take the one that was published with the weights."
         )
     extras = [name for name in state if name not in contents.expected]
     kind = " They are a P-Tuning v2 prefix alone, without its model." if contents.is_prefix_alone else ""
     kind = " The model has a head for classes." if contents.is_classifier else kind
-    unused = f" Held but not used, as in published files: {_some(extras)}." if extras else ""
+    unused = f" Held but not used, as in published files: {some(extras)}." if extras else ""
     here = len(state) - len(extras)
-    return _result("names", problems, f"All {here} tensors of the model are there.{kind}{unused}")
+    return result("names", problems, f"All {here} tensors of the model are there.{kind}{unused}")
 
 
 def _is_extra(name: str, contents: Contents) -> bool:
-    return is_passed_over(name) or (contents.is_classifier and _module(name) in HEADS)
+    return is_passed_over(name) or (contents.is_classifier and module_of(name) in HEADS)
 
 
 def check_shapes(contents: Contents) -> Check:
@@ -392,12 +245,11 @@ def check_shapes(contents: Contents) -> Check:
     wrong = [name for name, shape in shapes.items() if shape != contents.expected[name]]
     problems = []
     if wrong:
-        told = _some(f"{name} is {shapes[name]}, not {contents.expected[name]}" for name in wrong)
+        told = some(f"{name} is {shapes[name]}, not {contents.expected[name]}" for name in wrong)
         problems.append(
-            f"{len(wrong)} tensors have another shape than config.json says: {told}; take weights and config.json from "
-            "one checkpoint."
+            f"config.json asks for other shapes: {told}; take weights and config.json from one checkpoint."
         )
-    return _result("shapes", problems, f"{len(shapes)} tensors have the shapes of the config.")
+    return result("shapes", problems, f"{len(shapes)} tensors have the shapes of the config.")
 
 
 def _nothing_to_compare(name: str, contents: Contents) -> Check:
@@ -420,14 +272,14 @@ def check_dtypes(contents: Contents) -> Check:
     problems = []
     if wrong:
         problems.append(
-            f"Weights are floating-point numbers, or int8 with scales where they are packed, but {_some(wrong)}; "
+            f"Weights are floating-point numbers, or int8 with scales where they are packed, but {some(wrong)}; "
             "take another copy."
         )
     told = ", ".join(
         f"{dtype} ({100 * count / sum(size.values()):.3g}%)" for dtype, count in size.most_common()
     )
     mixed = " (a mixture is usual: norms in float32, packed weights in int8)" if len(size) > 1 else ""
-    return _result("dtypes", problems, f"Of the bytes: {told}{mixed}.")
+    return result("dtypes", problems, f"Of the bytes: {told}{mixed}.")
 
 
 def _has_fitting_dtype(name: str, tensor: Tensor, state: State) -> bool:
@@ -452,7 +304,7 @@ class Numbers:
         try:
             tensor = state[name].load()
         except Exception as error:  # one that cannot be read does not hide the others
-            self.unread.append(f"{name} ({_sentence(error)})")
+            self.unread.append(f"{name} ({sentence(error)})")
             return
         count = count_not_finite(tensor)
         if count:
@@ -471,19 +323,23 @@ def check_numbers(contents: Contents, numbers: Numbers, progress: bool) -> Check
     state = contents.state
     if not state:
         return Check("numbers", NOT_CHECKED, "Not possible, as no weights could be read.")
-    with _bar("numbers", sum(tensor.nbytes for tensor in state.values()), progress) as bar:
+    with byte_bar("numbers", sum(tensor.nbytes for tensor in state.values()), progress) as bar:
         for name, tensor in state.items():
             numbers.look_at(name, state)
             bar.update(tensor.nbytes)
-    problems = []
-    for names, fault in (
-        (numbers.unread, "cannot be read"),
-        (numbers.broken, "hold NaN or infinity"),
-        (numbers.scales, "hold scales that are negative, or zero where the packed weights are not"),
-    ):
-        if names:
-            problems.append(f"{len(names)} tensors {fault}: {_some(names)}; download their files again.")
-    return _result("numbers", problems, f"All numbers of {len(state)} tensors are finite.")
+    problems = [
+        f"{fault} {some(names)}; download the file again."
+        for names, fault in (
+            (numbers.unread, "There is no reading"),
+            (numbers.broken, "There is NaN or infinity in"),
+            (
+                numbers.scales,
+                "There are scales that are negative, or zero where the packed weights are not, in",
+            ),
+        )
+        if names
+    ]
+    return result("numbers", problems, f"All numbers of {len(state)} tensors are finite.")
 
 
 def count_not_finite(tensor: torch.Tensor) -> int:
@@ -531,14 +387,14 @@ def check_tied(contents: Contents, numbers: Numbers) -> Check:
     problems = []
     if different:
         problems.append(
-            f"{_some(different)} differ, but the model has one tensor for both; take all files from one checkpoint."
+            f"{some(different)} differ, but the model has one tensor for both; take all files from one checkpoint."
         )
     both = (
         f"{HEADS[0]} and {EMBEDDINGS[0]} are equal"
         if pairs
         else f"There is no {HEADS[0]} beside the embedding"
     )
-    return _result("tied", problems, f"{both}, as the model has one tensor for both.")
+    return result("tied", problems, f"{both}, as the model has one tensor for both.")
 
 
 # ---- tokenizer
@@ -567,11 +423,11 @@ def check_tokenizer(contents: Contents) -> Check:
         ]
         if wrong:
             problems.append(
-                f"config.json and the tokenizer have different special tokens: {_some(wrong)}; take both from one "
+                f"config.json and the tokenizer have different special tokens: {some(wrong)}; take both from one "
                 "checkpoint."
             )
     fine = f"{len(tokenizer):,} ids fit the model's {config.vocab_size:,} rows, and the special ones are the same."
-    return _result("tokenizer", problems, fine)
+    return result("tokenizer", problems, fine)
 
 
 def _special_ids(tokenizer: ChatGLMTokenizer) -> dict[str, int]:
@@ -589,75 +445,3 @@ def _special_ids(tokenizer: ChatGLMTokenizer) -> dict[str, int]:
 
 def _ids(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-# ---- hashes
-
-
-def check_hashes(folder: Path, sha256: str | Path | None, progress: bool) -> Check:
-    if sha256 is None:
-        return Check("sha256", NOT_CHECKED, "No list of hashes was given (--sha256).")
-    listed = read_hashes(Path(sha256).expanduser())
-    outside = [name for name in listed if _is_outside(name, folder)]
-    inside = {name: digest for name, digest in listed.items() if name not in outside}
-    missing = [name for name in inside if not (folder / name).is_file()]
-    paths = {name: folder / name for name in inside if name not in missing}
-    different = []
-    total = sum(path.stat().st_size for path in paths.values())
-    with _bar("sha256", total, progress) as bar:
-        for name, path in paths.items():
-            if _sha256(path, bar) != inside[name]:
-                different.append(name)
-    problems = []
-    for names, fault in (
-        (outside, "are no files of the folder and were not looked at"),
-        (missing, "are missing"),
-        (different, "have other contents than listed; download them again"),
-    ):
-        if names:
-            problems.append(f"{len(names)} of the {len(listed)} files on the list {fault}: {_some(names)}.")
-    return _result(
-        "sha256", problems, f"The {len(listed)} files on the list have the contents they should have."
-    )
-
-
-def read_hashes(path: Path) -> dict[str, str]:
-    """The sha256 of each file on a list in the format of sha256sum; ValueError for another format."""
-    size = path.stat().st_size
-    if size > LARGEST_JSON:
-        raise ValueError(
-            f"{path} has {size:,} bytes, too many for a list of hashes; give what sha256sum wrote."
-        )
-    listed = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        match = HASH_LINE.fullmatch(line)
-        if match:
-            listed[match[2].removeprefix("./")] = match[1].lower()
-        elif line.strip():
-            raise ValueError(
-                f"Line {number} of {path} is not `hash  name`; give a list that sha256sum wrote."
-            )
-    if not listed:
-        raise ValueError(f"{path} is empty; give a list that sha256sum wrote.")
-    return listed
-
-
-def _is_outside(name: str, folder: Path) -> bool:
-    parts = PurePosixPath(name).parts
-    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        return True
-    return leaves(folder / name, folder)
-
-
-def _sha256(path: Path, bar: tqdm) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-        bar.update(len(block))
-    return digest.hexdigest()
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            yield block
