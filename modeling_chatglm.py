@@ -1210,7 +1210,9 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         wanted_more = (
             generation_config.return_dict_in_generate or synced_gpus or generation_config.is_assistant
         )
-        other_cache = type(kwargs.get("past_key_values")) not in (DynamicCache, GrowingCache)
+        cache = kwargs.get("past_key_values")
+        # A filled cache comes with all ids, of which the library takes those that follow.
+        other_cache = type(cache) not in (DynamicCache, GrowingCache) or cache.get_seq_length() > 0
         if wanted_more or other_cache or "inputs_embeds" in kwargs or not kwargs.get("use_cache", True):
             return super()._sample(
                 input_ids,

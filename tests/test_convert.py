@@ -31,8 +31,10 @@ from safetensors.torch import load_file, save_file
 from chatglm.cli import main
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+from chatglm.tools import convert as convert_module
 from chatglm.tools.convert import convert
 from chatglm.weights import write
+from chatglm.weights.transform import keep_rows
 
 PACKINGS: dict[str, dict[str, Any]] = {
     "float16": {},
@@ -316,6 +318,86 @@ def test_an_adapter_is_not_merged_into_packed_weights(v2, tmp_path):
     packed = quietly(v2, tmp_path / "packed", quantize=8)
     with pytest.raises(ValueError, match="cannot be merged into packed weights"):
         quietly(packed, tmp_path / "dest", merge_adapter=beside(v2, "lora"))
+
+
+# ---- smaller vocabularies
+
+
+def test_slim_gives_the_logits_of_v01_behind_its_image_rows(sources, tmp_path):
+    source = sources["v0.1"]
+    dest = quietly(source, tmp_path / "dest", slim=True)
+    old, new = load(source).float(), load(dest).float()
+    old_tokenizer, new_tokenizer = (ChatGLMTokenizer.from_pretrained(folder) for folder in (source, dest))
+    images = old_tokenizer.num_image_tokens
+    assert images == 20000 and old.config.vocab_size - images == new.config.vocab_size
+    ids = torch.tensor([old_tokenizer.encode_chat(QUESTION)])
+    assert new_tokenizer.encode_chat(QUESTION) == (ids - images)[0].tolist()
+    with torch.no_grad():
+        expected = old(ids).logits[..., images:]
+        torch.testing.assert_close(new(ids - images).logits, expected, rtol=0, atol=1e-4)
+    for name in ("bos", "eos", "pad", "mask", "gmask"):
+        assert getattr(new.config, f"{name}_token_id") == getattr(old.config, f"{name}_token_id") - images
+    assert new.generation_config.eos_token_id == new.config.eos_token_id
+    assert answer(new, new_tokenizer) == answer(old, old_tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["v1.1", "Slim", "ChatGLM2"])
+def test_slim_without_image_rows_is_refused(sources, kind, tmp_path):
+    with pytest.raises(ValueError, match="no image rows to drop"):
+        quietly(sources[kind], tmp_path / "dest", slim=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("你好，世界！\nHow are you?\n今天天气真好。\n好\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_vocabulary_slimmed_to_a_corpus_reads_and_answers_as_before(
+    source, packing, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CHATGLM_KERNELS", "plain")  # the fast ones differ with the number of rows
+    dest = quietly(source, tmp_path / "dest", slim_to=[corpus], **PACKINGS[packing])
+    old, new = load(source).quantize(*(PACKINGS[packing] or {0: 0}).values()), load(dest)
+    old_tokenizer, new_tokenizer = (ChatGLMTokenizer.from_pretrained(folder) for folder in (source, dest))
+    kept = json.loads((dest / "vocabulary_map.json").read_text())["old_ids"]
+    assert len(kept) == len(new_tokenizer) < len(old_tokenizer) - old_tokenizer.num_image_tokens
+    assert new.config.vocab_size % 32 == 0 or new.config.vocab_size < old.config.vocab_size
+    ids = new_tokenizer.encode_chat("How are you?", [("你好，世界！", "好")])
+    assert [kept[index] for index in ids] == old_tokenizer.encode_chat(
+        "How are you?", [("你好，世界！", "好")]
+    )
+    with torch.no_grad():
+        expected = old.float()(torch.tensor([[kept[index] for index in ids]])).logits[..., kept]
+        found = new.float()(torch.tensor([ids])).logits[..., : len(kept)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_slimming_says_what_it_saves_and_what_it_proved(v2, corpus, tmp_path, capsys):
+    assert main(["convert", str(v2), str(tmp_path / "dest"), "--slim-to", str(corpus)]) == 0
+    told = capsys.readouterr().out
+    config = json.loads((tmp_path / "dest" / "config.json").read_text())
+    assert f"{config['padded_vocab_size']:,} of" in told and "which saves" in told
+    assert "answers are the same as before" in told
+
+
+def test_a_packed_checkpoint_can_be_slimmed(v2, corpus, tmp_path):
+    packed = quietly(v2, tmp_path / "packed", quantize=4, quantize_embeddings=True)
+    both = load(quietly(packed, tmp_path / "a", slim_to=[corpus]))
+    once = load(quietly(v2, tmp_path / "b", quantize=4, quantize_embeddings=True, slim_to=[corpus]))
+    assert_same_state(both, once)
+
+
+def test_answers_that_differ_stop_the_conversion(v2, corpus, tmp_path, monkeypatch):
+    """Rows in another order than their ids: the tokens are right, the weights are not."""
+    monkeypatch.setattr(convert_module, "keep_rows", lambda state, rows: keep_rows(state, rows[::-1]))
+    with pytest.raises(
+        ValueError, match=r"The smaller model answers .* with other tokens; nothing was written"
+    ):
+        quietly(v2, tmp_path / "dest", slim_to=[corpus])
+    assert not any(tmp_path.iterdir())
 
 
 # ---- refusals, before anything is written

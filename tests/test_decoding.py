@@ -318,4 +318,4 @@ def test_slow_half_precision_keys_of_many_heads_are_kept_in_float32(monkeypatch)
     assert {layer.keys.dtype for layer in fast[-1][1].layers} == {torch.bfloat16}
     for ours, theirs in zip(slow[-1][1].layers, fast[-1][1].layers, strict=True):
         prompt_keys = slice(0, ids.shape[1])
-        assert_close(ours.keys[:, :, prompt_keys], theirs.keys[:, :, prompt_keys], atol=0.1)
+        assert_close(ours.keys[:, :, prompt_keys], theirs.keys[:, :, prompt_keys], atol=0.2)

@@ -59,12 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from chatglm.tools.card import readable
     from chatglm.tools.convert import convert
     from chatglm.weights.write import total_bytes
 
     options = dict(vars(arguments))
     options.pop("run")
     parts = convert(**options)
-    size, files = total_bytes(parts.state), len(list(arguments.dest.glob("*.safetensors")))
-    print(f"{arguments.dest}: {size / 1e9:,.3g} GB of weights in {files} file{'s' * (files > 1)}")
+    files = len(list(arguments.dest.glob("*.safetensors")))
+    for step in parts.history:
+        print(step)
+    size = readable(total_bytes(parts.state))
+    print(f"{arguments.dest}: {size} of weights in {files} file{'s' * (files > 1)}")
     print(f"Next: chatglm chat {arguments.dest}")

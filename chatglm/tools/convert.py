@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +12,20 @@ from typing import Any
 import torch
 
 from chatglm.checkpoint import is_lfs_pointer
-from chatglm.hub.configuration_chatglm import CHATGLM, ChatGLMConfig
+from chatglm.hub.configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
 from chatglm.hub.quantization import check_packing
+from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+from chatglm.tools.card import readable
+from chatglm.tools.proof import same_answers
+from chatglm.tools.slim import (
+    Corpus,
+    SlimVocabulary,
+    check_same_ids,
+    find_corpus,
+    slim_tokenizer,
+    slim_vocabulary,
+    used_ids,
+)
 from chatglm.weights.adapter import merge_lora, read_lora
 from chatglm.weights.expected import check_state
 from chatglm.weights.parts import Parts, check_apart, read_parts, write_parts
@@ -25,12 +38,16 @@ from chatglm.weights.transform import (
     checked,
     drop_tied_head,
     is_packed,
+    keep_rows,
     quantize,
     share_packed_head,
 )
 from chatglm.weights.write import check_destination, complete_folder, total_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MAP_FILE = "vocabulary_map.json"  # entry i of "old_ids" is the old id of the new id i
+QUESTIONS, LONGEST_QUESTION = 8, 200  # lines of the corpus that are put to both models, and their characters
+ROWS = 32  # the embedding has a multiple of so many rows
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -79,6 +96,10 @@ def convert(
         parts = with_adapter(parts, Path(merge_adapter).expanduser())
     if prefix is not None:
         parts = with_prefix(parts, Path(prefix).expanduser())
+    if slim_to:
+        parts = slimmed_to(parts, find_corpus(slim_to), progress)
+    elif slim:
+        parts = slimmed(parts)
     if quantize is not None:
         parts = packed(parts, quantize, group_size, quantize_embeddings)
     parts = in_dtype(parts, dtype)
@@ -120,6 +141,84 @@ def with_prefix(parts: Parts, folder: Path) -> Parts:
     check_state(state, config, folder)
     sentence = f"A P-Tuning v2 prefix of {config.pre_seq_len} tokens was put beside them."
     return parts.with_step(sentence, config=config, state=state)
+
+
+def slimmed(parts: Parts) -> Parts:
+    """Without the 20000 image rows of ChatGLM-6B v0.1, as ChatGLM-6B-Slim was made."""
+    images = parts.tokenizer.num_image_tokens
+    if not images:
+        raise ValueError(
+            "The checkpoint has no image rows to drop: only ChatGLM-6B v0.1 has. --slim-to drops all that a "
+            "corpus does not need."
+        )
+    model = parts.tokenizer.sp_model.serialized_model_proto()
+    vocabulary = SlimVocabulary(model, list(range(images, len(parts.tokenizer))))
+    rows = [*vocabulary.kept, *range(len(parts.tokenizer), parts.config.vocab_size)]
+    sentence = f"The {images} rows of image tokens were dropped"
+    return _with_vocabulary(parts, vocabulary, rows, slim_tokenizer(parts.tokenizer, vocabulary), sentence)
+
+
+def slimmed_to(parts: Parts, corpus: Corpus, progress: bool = True) -> Parts:
+    """With the pieces of the vocabulary that `corpus` needs, and proof that it reads and answers the same.
+
+    Raises ValueError if the proof fails.
+    """
+    old = parts.tokenizer
+    vocabulary = slim_vocabulary(old, used_ids(old, corpus, progress))
+    new = slim_tokenizer(old, vocabulary)
+    check_same_ids(old, new, vocabulary.kept, corpus, progress)
+    spare = range(len(old), parts.config.vocab_size)  # rows without a token, to fill up
+    rows = [*vocabulary.kept, *spare[: -len(vocabulary.kept) % ROWS]]
+    sentence = (
+        f"{len(rows):,} of {parts.config.vocab_size:,} rows of the vocabulary were kept: what a corpus of "
+        f"{corpus.nbytes:,} bytes needs"
+    )
+    smaller = _with_vocabulary(parts, vocabulary, rows, new, sentence)
+    proof = same_answers(parts, smaller, vocabulary.kept, _questions(corpus))
+    smaller = replace(smaller, history=(*smaller.history, str(proof)))
+    return replace(smaller, notes=smaller.notes | {MAP_FILE: json.dumps({"old_ids": vocabulary.kept})})
+
+
+def _questions(corpus: Corpus) -> list[str]:
+    """A few lines from the beginning of the corpus."""
+    passage = next(corpus.passages("", progress=False))
+    lines = dict.fromkeys(line.strip()[:LONGEST_QUESTION] for line in passage.lines)
+    return [line for line in lines if line][:QUESTIONS]
+
+
+def _with_vocabulary(
+    parts: Parts,
+    vocabulary: SlimVocabulary,
+    rows: list[int],
+    tokenizer: ChatGLMTokenizer,
+    sentence: str,
+) -> Parts:
+    new_ids = vocabulary.new_ids | {None: None}
+    new_ids.setdefault(parts.config.pad_token_id, tokenizer.pad_token_id)  # v0.1 may pad with an image
+    ids = {
+        name: _mapped(value, new_ids)
+        for name, value in parts.config.to_dict().items()
+        if name.endswith("_token_id")
+    }
+    sizes = {"vocab_size": len(rows)}
+    if parts.config.family == CHATGLM2:
+        sizes["padded_vocab_size"] = len(rows)
+    generation = copy.deepcopy(parts.generation)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(generation, name, _mapped(getattr(generation, name), new_ids))
+    state = keep_rows(parts.state, rows)
+    saved = readable(total_bytes(parts.state) - total_bytes(state))
+    return parts.with_step(
+        f"{sentence}, which saves {saved} of disk and memory.",
+        config=changed(parts.config, **sizes, **ids),
+        state=state,
+        tokenizer=tokenizer,
+        generation=generation,
+    )
+
+
+def _mapped(ids: Any, new_ids: dict[Any, Any]) -> Any:
+    return [new_ids[one] for one in ids] if isinstance(ids, (list, tuple)) else new_ids[ids]
 
 
 def packed(parts: Parts, bits: int, group_size: int | None, embeddings: bool) -> Parts:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from chatglm import __version__
@@ -15,6 +16,7 @@ from chatglm.checkpoint import read_checkpoint, read_config
 from chatglm.find import OURS, find_checkpoint, local_folder
 from chatglm.hub import configuration_chatglm
 from chatglm.hub.configuration_chatglm import AUTO_MAP, ChatGLMConfig
+from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration, RotaryEmbedding
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 from chatglm.weights.expected import check_state
 from chatglm.weights.read import read_state
@@ -42,6 +44,7 @@ class Parts:
     tokenizer: ChatGLMTokenizer
     generation: GenerationConfig
     history: tuple[str, ...]  # where the weights came from and what was done to them, a sentence each
+    notes: dict[str, str] = field(default_factory=dict)  # further small files, by name
 
     def with_step(self, sentence: str, **values: Any) -> Parts:
         """The parts with other `values`, and the sentence that says what was done."""
@@ -78,6 +81,8 @@ def write_parts(parts: Parts, folder: Path, progress: bool = True) -> None:
     parts.tokenizer.save_pretrained(folder)
     history = {"made_with": f"chatglm {__version__}", "steps": parts.history}
     (folder / HISTORY_FILE).write_text(json.dumps(history, indent=2, ensure_ascii=False), encoding="utf-8")
+    for name, text in parts.notes.items():
+        (folder / name).write_text(text, encoding="utf-8")
     code = Path(configuration_chatglm.__file__).parent
     for name in HUB_FILES:
         shutil.copyfile(code / name, folder / name)
@@ -92,6 +97,18 @@ def check_apart(source: str | Path, dest: Path) -> None:
     target = dest.resolve()
     if target == folder or target in folder.parents:
         raise ValueError(f"{dest} is where the source lies; choose another destination.")
+
+
+def as_model(parts: Parts) -> ChatGLMForConditionalGeneration:
+    """The model that the parts make up, in memory, in the dtypes that they have."""
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(parts.config)
+    model.load_state_dict(
+        {name: tensor.load() for name, tensor in parts.state.items()}, strict=False, assign=True
+    )
+    model.transformer.rotary_pos_emb = RotaryEmbedding(parts.config)  # never part of the state
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
 
 
 def read_history(folder: Path, name: str) -> tuple[str, ...]:
