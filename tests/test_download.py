@@ -141,6 +141,15 @@ def test_a_checkpoint_in_the_cache_serves_without_the_hub(hub: SmallHub, monkeyp
     assert hub.asked == []
 
 
+def test_files_that_the_cache_lacks_are_told_when_the_hub_is_out_of_reach(
+    hub: SmallHub, monkeypatch: pytest.MonkeyPatch
+):
+    fetch(hub, include=["*.md"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch(hub, include=["*.md"])
+    assert "MODEL_LICENSE" in error_of(hub, include=["MODEL_LICENSE"])
+
+
 def test_a_checkpoint_in_a_folder_serves_without_the_hub(
     hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -140,6 +140,7 @@ def download(
         found = _at_hand(repository, folder)
         if found is None:
             raise
+        included(include, [path.relative_to(found).as_posix() for path in found.rglob("*")])
     else:
         found = _fetch(repository, listing, folder, include, weights)
     if weights:
@@ -186,7 +187,7 @@ def included(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
     for pattern, matches in found.items():
         if not matches:
             raise ValueError(
-                f"No file of the repository matches {pattern!r} (Python files are never fetched); it has "
+                f"No file matches {pattern!r} (Python files are never fetched); there are "
                 f"{', '.join(sorted(names)[:20])}."
             )
     return sorted({name for matches in found.values() for name in matches})
