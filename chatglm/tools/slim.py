@@ -352,20 +352,22 @@ def check_same_ids(
     corpus: Corpus,
     progress: bool = True,
 ) -> None:
-    """Encodes the corpus with both tokenizers, in all the ways of `used_ids`, and decodes the running text.
+    """Encodes the corpus with both tokenizers, in all the ways of `used_ids`, and compares what ids mean.
 
-    Raises ValueError with the first line whose ids differ but for the map `kept`, or whose text does.
+    `kept` holds the old id of each new one. Raises ValueError with the first line whose ids differ but for
+    this map, or where a token has another name or text than before, so that decoding would differ.
     """
-    assert len(kept) == len(new)
+    ids, kept = list(range(len(new))), list(kept)
+    if new.convert_ids_to_tokens(ids) != old.convert_ids_to_tokens(kept) or new.decode(ids) != old.decode(
+        kept
+    ):
+        raise ValueError("The smaller vocabulary has other tokens than those that were to be kept.")
+    pieces = [index - old.num_image_tokens for index in kept]
 
     def agree(lines: list[str]) -> bool:
         texts = _texts(old, lines)
-        encoded = _encode(new, texts)
-        for pieces, expected in zip(encoded, _encode(old, texts), strict=True):
-            if [kept[piece] - old.num_image_tokens for piece in pieces] != expected:
-                return False
-        running = encoded[: len(_running_texts(lines))]  # the first of the texts
-        return all(new.decode(ids) == old.decode([kept[index] for index in ids]) for ids in running)
+        both = zip(_encode(old, texts), _encode(new, texts), strict=True)
+        return all([pieces[index] for index in after] == before for before, after in both)
 
     for passage in corpus.passages("checking", progress):
         if not agree(passage.lines):
