@@ -497,7 +497,7 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_left(v2, bad, tm
 
     source = rewrite(v2, tmp_path / "source", save)
     with pytest.raises(
-        ValueError, match=r"final_layernorm\.weight holds numbers that are not finite in the file"
+        ValueError, match=r"final_layernorm\.weight holds numbers that are not finite; download"
     ):
         quietly(source, tmp_path / "dest")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -546,8 +546,49 @@ def test_a_tensor_larger_than_its_file_is_refused(v2, tmp_path):
         SAVERS["one .bin file"](state, folder)
 
     source = rewrite(v2, tmp_path / "source", save)
-    with pytest.raises(ValueError, match="more than the whole file holds"):
+    with pytest.raises(ValueError, match="more than the file holds of it"):
         quietly(source, tmp_path / "dest")
+
+
+def test_a_tensor_stretched_from_fewer_numbers_is_refused(v2, tmp_path):
+    def save(state: dict[str, torch.Tensor], folder: Path) -> None:
+        state["transformer.output_layer.weight"] = torch.zeros(1).expand(448, 64)
+        SAVERS["one .bin file"](state, folder)
+
+    source = rewrite(v2, tmp_path / "source", save)
+    with pytest.raises(ValueError, match="more than the file holds of it"):
+        quietly(source, tmp_path / "dest")
+
+
+@pytest.mark.parametrize("name", [7, "x"], ids=["a name that is none", "no tensor"])
+def test_a_file_of_other_things_than_tensors_is_refused(v2, name, tmp_path):
+    source = rewrite(
+        v2,
+        tmp_path / "source",
+        lambda state, folder: torch.save(
+            state | {name: torch.zeros(1) if name == 7 else "text"}, folder / "pytorch_model.bin"
+        ),
+    )
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        quietly(source, tmp_path / "dest")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_refused(v2, file, tmp_path):
+    lora = shutil.copytree(beside(v2, "lora"), tmp_path / "lora")
+    (lora / file).write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises((ValueError, OSError), match=f"{file} "):
+        quietly(v2, tmp_path / "dest", merge_adapter=lora)
+    assert not (tmp_path / "dest").exists()
+
+
+def test_an_adapter_of_numbers_that_are_not_finite_is_refused(v2, tmp_path):
+    lora = shutil.copytree(beside(v2, "lora"), tmp_path / "lora")
+    tensors = torch.load(lora / "adapter_model.bin")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    torch.save(tensors, lora / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"query_key_value\.weight holds numbers that are not finite"):
+        quietly(v2, tmp_path / "dest", merge_adapter=lora)
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])

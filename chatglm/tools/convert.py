@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from chatglm.checkpoint import is_lfs_pointer
+from chatglm.checkpoint import read_json, read_weight_file
 from chatglm.hub.configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
 from chatglm.hub.quantization import check_packing
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
@@ -28,14 +28,13 @@ from chatglm.tools.slim import (
 )
 from chatglm.weights.adapter import merge_lora, read_lora
 from chatglm.weights.expected import check_state
-from chatglm.weights.parts import Parts, check_apart, read_parts, write_parts
+from chatglm.weights.parts import WEIGHT_SUFFIXES, Parts, check_apart, read_parts, write_parts
 from chatglm.weights.read import read_state
 from chatglm.weights.transform import (
     EMBEDDINGS,
     PREFIX,
     add_prefix,
     cast,
-    checked,
     drop_tied_head,
     is_packed,
     keep_rows,
@@ -109,17 +108,16 @@ def convert(
 
 
 def plain(parts: Parts) -> Parts:
-    """The same checkpoint: each tensor once, and only numbers that are finite."""
-    state = checked(parts.state)
-    if tied(parts.config) and not is_packed(state):
-        state = drop_tied_head(state)
-    return replace(parts, state=state)
+    """The same checkpoint with each tensor once."""
+    if tied(parts.config) and not is_packed(parts.state):
+        return replace(parts, state=drop_tied_head(parts.state))
+    return parts
 
 
 def with_adapter(parts: Parts, folder: Path) -> Parts:
     """The LoRA adapter that PEFT saved in `folder`, merged."""
     lora = read_lora(
-        _read_settings(folder, "adapter_config.json"), read_state([_one_of(folder, ADAPTER_FILES)])
+        read_json(_one_of(folder, ["adapter_config.json"])), read_state([_one_of(folder, ADAPTER_FILES)])
     )
     sentence = f"A LoRA adapter of rank {lora.settings['r']} was merged into them."
     return parts.with_step(sentence, state=merge_lora(parts.state, lora))
@@ -286,17 +284,4 @@ def _one_of(folder: Path, names: Sequence[str]) -> Path:
         raise OSError(
             f"{folder} holds neither {' nor '.join(names)}; give the folder that the training saved."
         )
-    if is_lfs_pointer(path):
-        raise OSError(f"{path} is a git-lfs pointer, not the file; run `git lfs pull` in its folder.")
-    return path
-
-
-def _read_settings(folder: Path, name: str) -> dict[str, Any]:
-    path = _one_of(folder, [name])
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy it again.") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object; copy it again.")
-    return settings
+    return read_weight_file(path).path if path.suffix in WEIGHT_SUFFIXES else path

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from chatglm import __version__
-from chatglm.checkpoint import read_checkpoint, read_config
+from chatglm.checkpoint import read_checkpoint, read_config, read_weight_file
 from chatglm.find import OURS, find_checkpoint, local_folder
 from chatglm.hub import configuration_chatglm
 from chatglm.hub.configuration_chatglm import AUTO_MAP, ChatGLMConfig
@@ -21,6 +21,7 @@ from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 from chatglm.weights.expected import check_state
 from chatglm.weights.read import read_state
 from chatglm.weights.tensors import State
+from chatglm.weights.transform import checked
 from chatglm.weights.write import write_state
 
 HISTORY_FILE = "conversion.json"
@@ -58,7 +59,7 @@ def read_parts(source: str | Path, revision: str | None = None) -> Parts:
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
-        folder, keys, files = path.parent, read_config(path.parent), [path]
+        folder, keys, files = path.parent, read_config(path.parent), [read_weight_file(path).path]
     else:
         checkpoint = read_checkpoint(find_checkpoint(source, revision))
         folder, keys = checkpoint.folder, checkpoint.config
@@ -71,7 +72,10 @@ def read_parts(source: str | Path, revision: str | None = None) -> Parts:
 
 
 def write_parts(parts: Parts, folder: Path, progress: bool = True) -> None:
-    """Writes a folder that loads with our code, with `trust_remote_code`, and with the published code."""
+    """Writes a folder that loads with our code, with `trust_remote_code`, and with the published code.
+
+    Raises ValueError, naming the tensor, for numbers that are not finite.
+    """
     config = ChatGLMConfig.from_dict(
         parts.config.to_dict()
         | {"auto_map": dict(AUTO_MAP), "architectures": ["ChatGLMForConditionalGeneration"]}
@@ -86,7 +90,7 @@ def write_parts(parts: Parts, folder: Path, progress: bool = True) -> None:
     code = Path(configuration_chatglm.__file__).parent
     for name in HUB_FILES:
         shutil.copyfile(code / name, folder / name)
-    write_state(parts.state, folder, progress=progress)
+    write_state(checked(parts.state), folder, progress=progress)
     _check_written(parts.state, folder)
 
 

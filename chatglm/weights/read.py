@@ -73,11 +73,14 @@ def _dtype_of(name: str, path: Path) -> torch.dtype:
 def _read_bin(path: Path) -> State:
     described = _unpickle(path, "meta")
     for name, tensor in described.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(MORE_THAN_TENSORS.format(path=path))
-        if tensor.numel() * tensor.itemsize > path.stat().st_size:
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{path} holds {name} as a {tensor.layout} tensor, which no ChatGLM has.")
+        # Strides of zero make a tensor larger than the numbers it has; the storage tells how many these are.
+        if tensor.nbytes > min(tensor.untyped_storage().nbytes(), path.stat().st_size):
             raise ValueError(
-                f"{path} says that {name} has shape {tuple(tensor.shape)}, more than the whole file holds; "
+                f"{path} says that {name} has shape {tuple(tensor.shape)}, more than the file holds of it; "
                 "download it again."
             )
     return {
@@ -111,8 +114,8 @@ def _unpickle(path: Path, device: str) -> dict[str, torch.Tensor]:
     try:
         contents = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except (UnpicklingError, EOFError, RuntimeError, KeyError) as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            raise
+        if "memory" in str(error):
+            raise MemoryError(f"{path} does not fit into the memory that is free ({error}).") from None
         raise ValueError(MORE_THAN_TENSORS.format(path=path)) from None
     for key in NESTED_UNDER:
         if isinstance(contents, dict) and isinstance(contents.get(key), dict):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
-from chatglm.hub.quantization import QUANTIZED_LAYERS, check_packing, quantize_weight
+from chatglm.hub.quantization import QUANTIZED_LAYERS, check_packing, give_back, quantize_weight
 from chatglm.weights.tensors import State, Tensor
 
 HEADS = ("lm_head", "transformer.output_layer")
@@ -37,8 +37,10 @@ def cast(state: State, dtype: torch.dtype) -> State:
             return tensor
 
         def load() -> torch.Tensor:
-            result = tensor.load().to(dtype)
-            check_finite(name, result, f"in {dtype_name(dtype)}; choose bfloat16 or float32")
+            source = tensor.load()
+            result = source.to(dtype)
+            give_back(source)
+            check_finite(name, result, f" in {dtype_name(dtype)}; choose bfloat16 or float32")
             return result
 
         return Tensor(dtype, tensor.shape, load)
@@ -89,9 +91,16 @@ def keep_rows(state: State, rows: Sequence[int]) -> State:
         if name.rpartition(".")[0] not in HEADS + EMBEDDINGS:
             return tensor
         shape = (len(rows), *tensor.shape[1:])
-        return Tensor(tensor.dtype, shape, lambda: tensor.load().index_select(0, index))
+        return Tensor(tensor.dtype, shape, partial(_rows_of, tensor, index))
 
     return {name: one(name, tensor) for name, tensor in state.items()}
+
+
+def _rows_of(tensor: Tensor, index: torch.Tensor) -> torch.Tensor:
+    source = tensor.load()
+    result = source.index_select(0, index)
+    give_back(source)
+    return result
 
 
 def quantize(state: State, bits: int, group_size: int | None = None, embeddings: bool = False) -> State:
@@ -122,7 +131,11 @@ def _packed(name: str, tensor: Tensor, bits: int, group_size: int | None) -> Sta
 
     @lru_cache(maxsize=1)
     def both() -> tuple[torch.Tensor, torch.Tensor]:
-        return quantize_weight(tensor.load(), bits, group_size)
+        source = tensor.load()
+        check_finite(name, source, "; download the file that it comes from again")
+        result = quantize_weight(source, bits, group_size)
+        give_back(source)  # a mapped file's pages, which would stay as long as there is room
+        return result
 
     def weight() -> torch.Tensor:
         return both()[0]
@@ -160,7 +173,7 @@ def checked(state: State) -> State:
 
         def load() -> torch.Tensor:
             result = tensor.load()
-            check_finite(name, result, "in the file; download it again")
+            check_finite(name, result, "; download the file that it comes from again")
             return result
 
         return replace(tensor, load=load)
@@ -172,7 +185,7 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     """Raises ValueError if `tensor` holds NaN or infinity."""
     # aminmax hands NaN on, and is vectorized for every dtype where isfinite is not (24 against 0.6 GB/s).
     if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-        raise ValueError(f"{name} holds numbers that are not finite {where}.")
+        raise ValueError(f"{name} holds numbers that are not finite{where}.")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
