@@ -473,3 +473,11 @@ def _number(config: dict[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"config.json has {key} {value!r} where a whole number above 0 belongs.")
     return value
+
+
+def readable(size: int) -> str:
+    """Bytes for people: 3.9 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} B"

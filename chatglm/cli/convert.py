@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from chatglm.tools.card import readable
+    from chatglm.checkpoint import readable
     from chatglm.tools.convert import convert
     from chatglm.weights.write import total_bytes
 

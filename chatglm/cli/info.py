@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from chatglm.checkpoint import Checkpoint, read_checkpoint, read_config
+from chatglm.checkpoint import Checkpoint, read_checkpoint, read_config, readable
 from chatglm.find import MODEL_HELP, download, local_folder
 
 FAMILY_NAMES = {
@@ -80,7 +80,7 @@ def free_memory() -> dict[str, int]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """Lays the facts of `describe` out for people."""
-    free = ", ".join(f"{_readable(size)} {place}" for place, size in facts["free_memory"].items())
+    free = ", ".join(f"{readable(size)} {place}" for place, size in facts["free_memory"].items())
     rows = [
         ("folder", facts["folder"]),
         ("parameters", f"{facts['parameters']:,}"),
@@ -95,7 +95,7 @@ def as_text(facts: dict[str, Any]) -> str:
     lines += ["", f"  {'loaded as':<12}{'weights':<12}{f'cache of {CACHE_TOKENS} tokens':<24}fits in"]
     for row in facts["memory"]:
         places = [place for place, enough in row["fits"].items() if enough]
-        sizes = f"{_readable(row['weights']):<12}{_readable(row['cache']):<24}"
+        sizes = f"{readable(row['weights']):<12}{readable(row['cache']):<24}"
         lines.append(f"  {row['loaded_as']:<12}{sizes}{', '.join(places) or 'nothing here'}")
     return "\n".join(lines)
 
@@ -106,7 +106,7 @@ def _weights_text(facts: dict[str, Any]) -> str:
     if not files:
         return f"{facts['file_dtype'] or 'unknown dtype'}{packed}, not downloaded"
     count = f"{len(files)} file{'s' * (len(files) != 1)}"
-    return f"{facts['file_dtype']}{packed}, {_readable(sum(files.values()))} in {count}"
+    return f"{facts['file_dtype']}{packed}, {readable(sum(files.values()))} in {count}"
 
 
 def _checkpoint(name: str, revision: str | None) -> Checkpoint:
@@ -148,10 +148,3 @@ def _container_limit() -> int:
         return limit - int((group / "memory.current").read_text())
     except (OSError, ValueError):  # no container, or "max": no limit
         return psutil.virtual_memory().total
-
-
-def _readable(size: int) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} B"

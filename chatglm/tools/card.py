@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chatglm import __version__
-from chatglm.checkpoint import sizes_of
+from chatglm.checkpoint import readable, sizes_of
 from chatglm.weights.parts import Parts
 from chatglm.weights.write import total_bytes
 
@@ -109,11 +109,3 @@ def _packing(parts: Parts) -> str:
 def _memory_row(tokens: int, weights: int, cache_values: int) -> str:
     cache = tokens * cache_values * CACHE_BYTES
     return f"| {tokens:,} | {readable(cache)} | {readable(weights + cache)} |"
-
-
-def readable(size: int) -> str:
-    """Bytes for people: 3.9 GB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} B"

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from chatglm.checkpoint import read_json, read_weight_file
+from chatglm.checkpoint import read_json, read_weight_file, readable
 from chatglm.hub.configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
 from chatglm.hub.quantization import check_packing
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
-from chatglm.tools.card import readable
 from chatglm.tools.proof import same_answers
 from chatglm.tools.slim import (
     Corpus,
