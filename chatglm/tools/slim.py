@@ -112,7 +112,8 @@ def find_corpus(paths: str | Path | Sequence[str | Path]) -> Corpus:
     text, for a line that is too long, and where there is no text at all. The message names the file.
     """
     files: dict[Path, bool] = {}  # whether a file is text
-    for path in [Path(paths)] if isinstance(paths, (str, Path)) else map(Path, paths):
+    named = [Path(path).expanduser() for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    for path in named:
         if path.is_dir():
             files |= {file: _is_text(file) for file in _files_in(path)}
         elif not path.is_file():
@@ -124,8 +125,10 @@ def find_corpus(paths: str | Path | Sequence[str | Path]) -> Corpus:
     texts = tuple(file for file, is_text in files.items() if is_text)
     skipped, size = len(files) - len(texts), sum(file.stat().st_size for file in texts)
     if not size:
-        others = f"; {skipped} other files were found" if skipped else ""
-        raise ValueError(f"There is no UTF-8 text in {paths}{others}; give the texts of the corpus.")
+        raise ValueError(
+            f"{', '.join(map(str, named))} holds no text in UTF-8 ({skipped} files of other kinds were found); "
+            "give the texts of the corpus."
+        )
     return Corpus(texts, skipped, size)
 
 
@@ -142,18 +145,15 @@ def _is_text(file: Path) -> bool:
     """Whether all of `file` is UTF-8; ValueError if one of its lines is too long."""
     if not file.is_file():
         return False
-    decoder, length = codecs.getincrementaldecoder("utf-8")(), 0  # of the line that is not yet at its end
-    longest = 0
-    with file.open("rb") as stream:
-        while block := stream.read(PASSAGE):
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError:
-                return False
-            head, newline, _ = block.partition(b"\n")
-            longest = max(longest, length + len(head))
-            length = len(block) - block.rfind(b"\n") - 1 if newline else length + len(block)
+    decoder, longest = codecs.getincrementaldecoder("utf-8")(), 0
+    length = 0  # of the line that has not ended yet
     try:
+        with file.open("rb") as stream:
+            while block := stream.read(PASSAGE):
+                decoder.decode(block)
+                head, newline, _ = block.partition(b"\n")
+                longest = max(longest, length + len(head))
+                length = len(block) - block.rfind(b"\n") - 1 if newline else length + len(block)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return False
