@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,15 +19,12 @@ from pathlib import Path
 
 import psutil
 
-PROBE_BYTES = 512 << 20  # no cache holds it
+from chatglm.tools.machine import PROBE_BYTES, read_probe
+
 PROBE_PASSES = 3
 SETTLE_SECONDS = 0.05  # idle OpenMP threads spin for some milliseconds before they sleep
 QUIET_SECONDS = 0.3  # of watching before a block begins
 IDLE_FIELDS = ("idle", "iowait")
-VECTOR_EXTENSIONS = [
-    *"avx2 f16c fma avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16".split(),
-    *"asimd asimdhp asimddp i8mm bf16 sve".split(),
-]
 GUEST_FIELDS = ("guest", "guest_nice")  # Linux counts them in `user` already
 
 
@@ -76,18 +72,11 @@ def _compiled_probe(threads: int) -> tuple[Callable[[], float], str] | None:
 
 
 def _torch_probe(threads: int) -> tuple[Callable[[], float], str]:
-    """A reduction in torch, where no C compiler is found."""
+    """The probe of `chatglm bench`, where no C compiler is found."""
     import torch
 
     torch.set_num_threads(threads)
-    buffer = torch.ones(PROBE_BYTES // 4)
-
-    def read() -> float:
-        start = time.perf_counter()
-        buffer.sum()
-        return PROBE_BYTES / (time.perf_counter() - start)
-
-    return read, "a torch reduction, because no C compiler was found; a C probe may read a little faster"
+    return read_probe(), "torch, because no C compiler was found; a C probe may read a little faster"
 
 
 def busy_seconds() -> float:
@@ -164,37 +153,3 @@ def clean_block(
             return
         samples.thrown_away += 1
     samples.kept.append(None)
-
-
-def machine() -> dict[str, object]:
-    """What the figures depend on: processor, its vector extensions, cores, memory, system."""
-    flags = _cpu_flags()
-    return {
-        "processor": _cpu_name(),
-        "vector extensions": [flag for flag in VECTOR_EXTENSIONS if flag in flags],
-        "cores": psutil.cpu_count(logical=False),
-        "logical cores": os.cpu_count(),
-        "memory GB": round(psutil.virtual_memory().total / 1e9, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _cpu_lines() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
-
-
-def _cpu_flags() -> list[str]:
-    lines = _cpu_lines()
-    return (lines.get("flags") or lines.get("Features") or "").split()
-
-
-def _cpu_name() -> str:
-    lines = _cpu_lines()
-    name = lines.get("model name") or platform.processor() or platform.machine()
-    family = f" (family {lines['cpu family']}, model {lines['model']})" if "cpu family" in lines else ""
-    return name + family

@@ -23,7 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .measure import machine
+from chatglm.tools.machine import machine
+
 from .report import command_line, table
 
 GB = 1e9

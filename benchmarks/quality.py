@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.measure import machine
 from benchmarks.report import command_line, table
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+from chatglm.tools.machine import machine
 from demo.book import Book
 from demo.evaluate import ask, score
 from demo.held_out import held_out_questions

@@ -12,7 +12,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .measure import Samples, machine
+from chatglm.tools.chart import Bar, draw_bars
+from chatglm.tools.machine import machine
+
+from .measure import Samples
 
 MISSING = "-"
 
@@ -115,32 +118,10 @@ def save(folder: Path, name: str, data: dict[str, Any], markdown: str) -> list[P
     return paths
 
 
-def chart(path: Path, title: str, panels: Sequence[tuple[str, list[tuple[str, float, bool]]]]) -> Path | None:
-    """Bars in an SVG file: panels of (label of the axis, bars of (name, value, whether it is ours)).
-
-    None where matplotlib is not installed.
-    """
+def chart(path: Path, title: str, panels: Sequence[tuple[str, list[Bar]]]) -> Path | None:
+    """Bars in an SVG file, see `draw_bars`; None where matplotlib is not installed."""
     try:
-        import matplotlib
+        draw_bars(path, title, panels)
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "chatglm", "svg.fonttype": "none", "font.size": 9})
-    longest = max(len(bars) for _, bars in panels)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 0.9 + 0.3 * longest), squeeze=False
-    )
-    for axis, (label, bars) in zip(axes[0], panels, strict=True):
-        names, values, ours = zip(*bars[::-1], strict=True)
-        drawn = axis.barh(names, values, color=["#2563a8" if own else "#b4b9c2" for own in ours])
-        axis.bar_label(drawn, fmt="%.3g", padding=3)
-        axis.set_xlabel(label)
-        axis.margins(x=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
     return path

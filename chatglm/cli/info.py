@@ -52,6 +52,7 @@ def describe(name: str, revision: str | None = None) -> dict[str, Any]:
         "hidden_size": config["hidden_size"],
         "vocabulary": sizes.vocab_size,
         "context": config.get("seq_length", config.get("max_sequence_length")),
+        "cache_values_per_token": sizes.cache_values_per_token,
         "packed_bits": bits,
         "file_dtype": _file_dtype(checkpoint),
         "file_sizes": {file.path.name: file.size for file in checkpoint.weights},
@@ -87,6 +88,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("layers", f"{facts['layers']}, hidden size {facts['hidden_size']:,}"),
         ("vocabulary", f"{facts['vocabulary']:,}"),
         ("context", f"{facts['context']:,} tokens" if facts["context"] else "not told"),
+        ("cache", _cache_text(facts["cache_values_per_token"])),
         ("weights", _weights_text(facts)),
         ("free here", free),
     ]
@@ -107,6 +109,10 @@ def _weights_text(facts: dict[str, Any]) -> str:
         return f"{facts['file_dtype'] or 'unknown dtype'}{packed}, not downloaded"
     count = f"{len(files)} file{'s' * (len(files) != 1)}"
     return f"{facts['file_dtype']}{packed}, {readable(sum(files.values()))} in {count}"
+
+
+def _cache_text(values: int) -> str:
+    return f"{2 * values:,} bytes a token in 16 bits, {4 * values:,} in float32"
 
 
 def _checkpoint(name: str, revision: str | None) -> Checkpoint:
