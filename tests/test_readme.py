@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXPLAINED_ELSEWHERE = {
     "pip install .": "tests/test_packaging.py installs the built wheel",
+    "chatglm download THUDM/chatglm2-6b --to chatglm2-6b": "tests/test_download.py has a Hub of its own",
 }
 
 
