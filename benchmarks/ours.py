@@ -20,6 +20,7 @@ from .worker import Contestant, Worker, serve
 
 PACKED_BITS = {"int4": 4, "int8": 8}
 FLOAT_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
+TABLE = 4096  # tokens after the prompt whose rotary tables are made ahead
 CHUNK_ROWS = 1024  # of a matrix that is compared in float64
 KERNELS = ("auto", "plain", "torch", "native")
 PATTERN = re.compile(r"(?P<weights>[a-z0-9]+)(-g(?P<group>\d+))?(/(?P<kernels>\w+))?(@(?P<dtype>\w+))?")
@@ -179,7 +180,7 @@ def build_model(path: Path, model: str, layers: int, head: str, **sizes: int) ->
 
 
 class Model(Contestant):
-    """ChatGLMForConditionalGeneration, called step by step on its cache as `generate` does."""
+    """ChatGLMForConditionalGeneration, called step by step on its cache as our decoding loop does."""
 
     def __init__(self, path: Path, model: str, layers: int, head: str) -> None:
         self.said = Said()
@@ -199,13 +200,19 @@ class Model(Contestant):
 
     def read(self, ids: list[int]) -> None:
         import torch
-        from transformers import DynamicCache
+
+        from chatglm.hub.generation_chatglm import GrowingCache
 
         config = self.glm.config
         if config.family == "chatglm":  # its prompts end in two special tokens
             ids = [*ids[:-2], config.gmask_token_id, config.bos_token_id]
-        self.cache = DynamicCache(config=config)
-        self._forward(torch.tensor([ids]))
+        self.cache = GrowingCache(config.num_layers, self.glm.cache_dtype)
+        with torch.no_grad():
+            self.glm(torch.tensor([ids]), past_key_values=self.cache, logits_to_keep=1)
+            first = self.glm.next_position(self.cache, None, None)
+            self.one_token = self.glm.one_token_step()
+            self.tables = self.one_token.tables(first + torch.arange(TABLE))
+        self.read_tokens = len(ids)
 
     def rewind(self, length: int) -> None:
         surplus = self.cache.get_seq_length() - length
@@ -215,14 +222,10 @@ class Model(Contestant):
     def step(self, token: int) -> int:
         import torch
 
-        return self._forward(torch.tensor([[token]]))
-
-    def _forward(self, ids: Any) -> int:
-        import torch
-
+        i = self.cache.get_seq_length() - self.read_tokens
+        rotary = tuple(table[:, :, i : i + 1] for table in self.tables)
         with torch.no_grad():
-            output = self.glm(ids, past_key_values=self.cache, logits_to_keep=1)
-        return int(output.logits[0, -1].argmax())
+            return int(self.one_token(torch.tensor([[token]]), rotary, None, self.cache).argmax())
 
 
 class Layers:

@@ -56,7 +56,7 @@ def make_lora(folder: Path, source: Path, seed: int = 5, **settings: Any) -> Pat
             rows, columns = weight.shape
             tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) * 0.1
             tensors[f"{module}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 0.1
-    torch.save(tensors, folder / "adapter_model.bin")
+    torch.save(tensors, folder / "adapter_model.bin")  # PEFT of today writes safetensors
     settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA} | settings
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder

@@ -91,7 +91,7 @@ def convert(
     check_apart(source, dest)
     parts = plain(read_parts(source, revision))
     if merge_adapter is not None:
-        parts = with_adapter(parts, Path(merge_adapter).expanduser())
+        parts = with_adapter(parts, Path(merge_adapter).expanduser(), dtype)
     if prefix is not None:
         parts = with_prefix(parts, Path(prefix).expanduser())
     if slim_to:
@@ -113,13 +113,13 @@ def plain(parts: Parts) -> Parts:
     return parts
 
 
-def with_adapter(parts: Parts, folder: Path) -> Parts:
-    """The LoRA adapter that PEFT saved in `folder`, merged."""
+def with_adapter(parts: Parts, folder: Path, dtype: str | None = None) -> Parts:
+    """The LoRA adapter that PEFT saved in `folder`, merged; what it changes is in `dtype` then."""
     lora = read_lora(
         read_json(_one_of(folder, ["adapter_config.json"])), read_state([_one_of(folder, ADAPTER_FILES)])
     )
     sentence = f"A LoRA adapter of rank {lora.settings['r']} was merged into them."
-    return parts.with_step(sentence, state=merge_lora(parts.state, lora))
+    return parts.with_step(sentence, state=merge_lora(parts.state, lora, DTYPES[dtype] if dtype else None))
 
 
 def with_prefix(parts: Parts, folder: Path) -> Parts:

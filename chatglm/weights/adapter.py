@@ -84,8 +84,10 @@ def read_lora(settings: dict[str, Any], state: State) -> Lora:
     return lora
 
 
-def merge_lora(state: State, lora: Lora) -> State:
-    """The weights with the adapter in them, each in the dtype it had; the sum is made in float32.
+def merge_lora(state: State, lora: Lora, dtype: torch.dtype | None = None) -> State:
+    """The weights with the adapter in them; the sum is made in float32 and rounded once.
+
+    What was changed is in `dtype`, or in the dtype that it had.
 
     Raises ValueError for packed weights, and for an adapter that does not fit the weights.
     """
@@ -98,9 +100,9 @@ def merge_lora(state: State, lora: Lora) -> State:
     for module, factors in lora.factors.items():
         name = f"{module}.weight"
         _check_fit(name, state.get(name), factors)
-        merged[name] = Tensor(
-            state[name].dtype, state[name].shape, _sum(state[name], factors, lora.scaling(module))
-        )
+        wanted = dtype or state[name].dtype
+        load = _sum(state[name], factors, lora.scaling(module), wanted)
+        merged[name] = Tensor(wanted, state[name].shape, load)
     for name, tensor in lora.replaced.items():
         if name not in state or state[name].shape != tensor.shape:
             found = state[name].shape if name in state else "no such tensor"
@@ -108,8 +110,8 @@ def merge_lora(state: State, lora: Lora) -> State:
                 f"The adapter replaces {name} by one of shape {tensor.shape}, but the checkpoint has {found}; "
                 "take the checkpoint that it was trained on."
             )
-        dtype = state[name].dtype
-        merged[name] = Tensor(dtype, tensor.shape, _in_dtype(tensor, dtype))
+        wanted = dtype or state[name].dtype
+        merged[name] = Tensor(wanted, tensor.shape, _in_dtype(tensor, wanted))
     return merged
 
 
@@ -127,10 +129,12 @@ def _check_fit(name: str, weight: Tensor | None, factors: dict[str, Tensor]) -> 
         )
 
 
-def _sum(weight: Tensor, factors: dict[str, Tensor], scaling: float) -> Callable[[], torch.Tensor]:
+def _sum(
+    weight: Tensor, factors: dict[str, Tensor], scaling: float, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
         a, b = factors["A"].load().float(), factors["B"].load().float()
-        return torch.addmm(weight.load().float(), b, a, alpha=scaling).to(weight.dtype)
+        return torch.addmm(weight.load().float(), b, a, alpha=scaling).to(dtype)
 
     return load
 

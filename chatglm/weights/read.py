@@ -44,7 +44,7 @@ def _read_safetensors(path: Path) -> State:
         with safe_open(path, framework="pt") as file:
             views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             return {
-                name: Tensor(
+                _plain(name): Tensor(
                     _dtype_of(view.get_dtype(), path), tuple(view.get_shape()), partial(_load, path, name)
                 )
                 for name, view in views.items()
