@@ -6,6 +6,8 @@ them is in modeling_chatglm.py, and all text in tokenization_chatglm.py.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 STEP = 256  # tokens by which caches, masks and rotary tables grow: short chats do not pay for long ones
+CHUNK = 1024  # tokens of a prompt that ChatGLM2 reads at once
 
 
 class GrowingLayer(DynamicLayer):
@@ -55,6 +58,11 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
+    def keep(self, length: int) -> None:
+        """Forget all but the first `length` tokens, whatever a step that was broken off has left."""
+        if self._buffers is not None:
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
     def _has_room(self, end: int) -> bool:
         """Whether `end` tokens fit, and nobody has put other tensors into `keys` (beams do)."""
         buffers = self._buffers
@@ -79,6 +87,11 @@ class GrowingCache(DynamicCache):
         super().__init__()
         self.layers = [GrowingLayer(dtype) for _ in range(num_layers)]
         self.layer_class_to_replicate = GrowingLayer
+
+    def keep(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        for layer in self.layers:
+            layer.keep(length)
 
 
 class Sampler:
@@ -149,17 +162,18 @@ def decode_steps(
     logits_processor: LogitsProcessorList,
     stopping_criteria: Any,
     generation_config: Any,
+    cached: int = 0,
     **model_kwargs: Any,
 ) -> Iterator[tuple[torch.Tensor, Cache]]:
     """The decoding loop: yields the sequences so far [B, T] and the cache after every token.
 
-    `generate` calls it with everything prepared. The cache never holds the token that was chosen last. Closing
-    the iterator frees all of it at once.
+    `generate` calls it with everything prepared. The first `cached` tokens of `input_ids` are not computed: the cache
+    holds them already. It never holds the token that was chosen last. Closing the iterator frees all of it at once.
     """
     sampler, stop = Sampler(logits_processor, generation_config.do_sample), StopCheck(stopping_criteria)
     padding = generation_config._pad_token_tensor
     sequences, finished = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    steps = next_scores(model, input_ids, model_kwargs)
+    steps = next_scores(model, input_ids, cached, model_kwargs)
     scores, cache = next(steps)
     while True:
         with torch.no_grad():
@@ -176,25 +190,16 @@ def decode_steps(
 
 
 def next_scores(
-    model: Any, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+    model: Any, input_ids: torch.Tensor, cached: int, model_kwargs: dict[str, Any]
 ) -> Iterator[tuple[torch.Tensor, Cache]]:
     """Scores [B, V] in float32 after `input_ids`, then after each [B, 1] that is sent in, and the cache."""
     mask, positions, cache = (
         model_kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values")
     )
+    input_ids, positions = input_ids[:, cached:], None if positions is None else positions[:, cached:]
     if cache is None or (type(cache) is DynamicCache and not cache.get_seq_length()):
         cache = GrowingCache(model.config.num_layers, model.cache_dtype)
-    with torch.no_grad():
-        outputs = model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    tokens = yield outputs.logits[:, -1].float(), cache
-    del outputs
+    tokens = yield read_prompt(model, input_ids, mask, positions, cache), cache
     step = model.one_token_step() if isinstance(cache, GrowingCache) else None
     state = (
         prepared_steps(model, step, cache, mask, positions)
@@ -204,6 +209,33 @@ def next_scores(
     next(state)
     while True:
         tokens = yield state.send(tokens), cache
+
+
+def read_prompt(
+    model: Any,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cache: Cache,
+) -> torch.Tensor:
+    """Scores [B, V] in float32 after the tokens [B, T] that follow on the cache; `mask` is of these and those.
+
+    Where a token sees only what stands before it, they are read in chunks: beside the cache itself a long prompt
+    then takes no more memory than a short one.
+    """
+    past, chunk = cache.get_seq_length(), CHUNK if model.reads_forward else input_ids.shape[1]
+    for start in range(0, input_ids.shape[1], chunk):
+        part = slice(start, start + chunk)
+        with torch.no_grad():
+            outputs = model(
+                input_ids=input_ids[:, part],
+                attention_mask=None if mask is None else mask[:, : past + part.stop],
+                position_ids=None if positions is None else positions[:, part],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+    return outputs.logits[:, -1].float()
 
 
 def plain_steps(model: Any, cache: Cache, mask: Any, positions: Any) -> Iterator[torch.Tensor]:
@@ -248,6 +280,96 @@ def prepared_steps(
         if hasattr(cache, "glm_next_position"):  # for a later `forward` without positions
             cache.glm_next_position = (past + made, first + made)
         tokens = yield scores
+
+
+class PromptCache:
+    """What was computed for the last prompt and answer of a conversation: the next turn computes only what is new.
+
+        prompt_cache = PromptCache()
+        for query in ("你好", "你是谁？"):
+            response, history = model.chat(tokenizer, query, history, prompt_cache=prompt_cache)
+
+    Prompts are encoded as ever, and keys and values are kept for equal tokens at equal places alone, up to the first
+    difference: answers are those of a chat without it. A history that was changed or trimmed, another conversation
+    or another model cost time, nothing else. Only after changing the weights of the model call `clear`.
+
+    For ChatGLM-6B nothing is kept and every turn computes its whole prompt: there each token of a prompt sees those
+    behind it too, so that a longer prompt has other keys and values throughout.
+
+    A turn takes what is here out until it ends. One that begins meanwhile, in another thread or not, starts afresh;
+    one that is stopped leaves what it has computed, one that fails leaves nothing.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: tuple[tuple, torch.Tensor, GrowingCache] | None = None
+
+    def clear(self) -> None:
+        """Forget everything and free its memory."""
+        self._take()
+
+    def generate(
+        self, model: Any, input_ids: torch.Tensor, streamer: Any = None, **options: Any
+    ) -> torch.Tensor:
+        """`model.generate` for one whole prompt [1, T]: greedy or sampled, the sequence [1, T] with the answer."""
+        sequences = input_ids
+        for sequences in self.stream_generate(model, input_ids, streamer=streamer, **options):
+            if streamer is not None:
+                streamer.put(sequences[:, -1].cpu())
+        if streamer is not None:
+            streamer.end()
+        return sequences
+
+    def stream_generate(self, model: Any, input_ids: torch.Tensor, **options: Any) -> Iterator[torch.Tensor]:
+        """Yield the sequence so far [1, T] after every token of the answer to one whole prompt [1, T]."""
+        beams = options.get("num_beams", 1)
+        if len(input_ids) != 1 or beams != 1:
+            raise ValueError(
+                f"A PromptCache serves one conversation and one beam, but there are {len(input_ids)} prompts and "
+                f"num_beams is {beams}; leave it out."
+            )
+        key = weakref.ref(model), model.device, model.dtype, model.config.quantization_bit
+        cache = self._beginning_of(input_ids[0], key)
+        if cache is None:
+            cache = GrowingCache(model.config.num_layers, model.cache_dtype)
+        sequences, failed = input_ids, False
+        try:
+            for sequences, _ in model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=cache,
+                custom_generate=decode_steps,
+                cached=cache.get_seq_length(),
+                **options,
+            ):
+                yield sequences
+        except Exception:
+            failed = True
+            raise
+        finally:  # also when it was closed or interrupted, which is no Exception
+            if model.reads_forward and not failed:
+                self._put(sequences[0], cache, key)
+
+    def _take(self) -> tuple[tuple, torch.Tensor, GrowingCache] | None:
+        with self._lock:
+            kept, self._kept = self._kept, None
+        return kept
+
+    def _beginning_of(self, prompt: torch.Tensor, key: tuple) -> GrowingCache | None:
+        """The cache, cut to what it has of `prompt` [T]; None if it is another model's. One token is left out."""
+        known, ids, cache = self._take() or (None, None, None)
+        if known != key:
+            return None
+        length = min(len(ids), len(prompt) - 1)
+        cache.keep(int((ids[:length] == prompt[:length]).cumprod(dim=0).sum()))
+        return cache
+
+    def _put(self, sequence: torch.Tensor, cache: GrowingCache, key: tuple) -> None:
+        """Keep `cache`, whose last step may have been broken off in any of its layers."""
+        length = min(layer.get_seq_length() for layer in cache.layers)
+        cache.keep(length)
+        with self._lock:
+            self._kept = (key, sequence[:length], cache)
 
 
 class FiniteScores(LogitsProcessor):

@@ -1213,7 +1213,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         cache = kwargs.get("past_key_values")
         # A filled cache comes with all ids, of which the library takes those that follow.
         other_cache = type(cache) not in (DynamicCache, GrowingCache) or cache.get_seq_length() > 0
-        if wanted_more or other_cache or "inputs_embeds" in kwargs or not kwargs.get("use_cache", True):
+        # PEFT's prefix tuning brings its keys in through this method, which our loop does not call.
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
+        replaced = prepare is not type(self).prepare_inputs_for_generation
+        uncached = "inputs_embeds" in kwargs or not kwargs.get("use_cache", True)
+        if wanted_more or other_cache or replaced or uncached:
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -1255,6 +1259,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         """
         slow = self.device.type == "cpu" and self.dtype != product_dtype(self.dtype)
         return torch.float32 if slow and self.config.family == CHATGLM else None
+
+    @property
+    def reads_forward(self) -> bool:
+        """Whether a token of a prompt sees only what stands before it; ChatGLM-6B's see each other both ways."""
+        return self.config.family == CHATGLM2
 
     def one_token_step(self) -> OneTokenStep | None:
         """A faster way to call the model with one more token of every row; None where only `forward` will do."""

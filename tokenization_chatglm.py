@@ -23,6 +23,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizer
 from transformers.cache_utils import Cache
 
+from .generation_chatglm import PromptCache
+
 CHATGLM = "chatglm"
 CHATGLM2 = "chatglm2"
 
@@ -677,6 +679,35 @@ def _check_history(query: str, history: History | None) -> History:
     return history
 
 
+def trim_history(tokenizer: Any, query: str, history: History | None, max_tokens: int | None) -> History:
+    """Return the newest rounds with which the prompt for `query` has at most `max_tokens` tokens (None: all).
+
+    Whole rounds are dropped, the oldest first, and a quarter of `max_tokens` at a time: then the prompts of the next
+    turns begin alike, and what is cached for one serves the other. The query alone always stays.
+    """
+    rounds = list(_check_history(query, history))
+    if max_tokens is None:
+        return rounds
+    if not isinstance(max_tokens, int) or max_tokens < 0:
+        raise ValueError(f"max_history_tokens is {max_tokens!r}; pass a number of tokens, 0 for no history.")
+    if len(tokenizer.encode_chat(query, rounds)) <= max_tokens:
+        return rounds
+    sizes = [round_length(tokenizer, *turn) for turn in rounds]
+    surplus = max(1, len(tokenizer.encode_chat(query, [])) + sum(sizes) - max_tokens)
+    portion = max(1, max_tokens // 4)
+    surplus = -(-surplus // portion) * portion
+    while rounds and (surplus > 0 or len(tokenizer.encode_chat(query, rounds)) > max_tokens):
+        surplus -= sizes.pop(0)
+        del rounds[0]
+    return rounds
+
+
+def round_length(tokenizer: Any, query: str, response: str) -> int:
+    """Return how many tokens a round adds to a prompt; a large number in "[Round 100]" may add one more."""
+    one, two = (len(tokenizer.encode_chat("", [(query, response)] * times)) for times in (1, 2))
+    return two - one
+
+
 def split_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[History, str, str | None]:
     """Return (history, query, answer) of chat messages; the answer is None if a user speaks last.
 
@@ -761,16 +792,24 @@ class ChatMixin:
         top_p: float | None = None,
         temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        prompt_cache: PromptCache | None = None,
+        max_history_tokens: int | None = None,
         **kwargs: Any,
     ) -> tuple[str, History]:
         """Answer `query` after the rounds of `history`; return the answer and the longer history.
 
         `max_length` counts prompt and answer in tokens. Other keyword arguments go to `generate`. None means
         the default of the family (CHAT_DEFAULTS). Raises ValueError when the prompt leaves no room.
+
+        prompt_cache: the same PromptCache for all turns of a conversation; with ChatGLM2-6B each of them then
+            computes its new tokens alone. The answers are those without it.
+        max_history_tokens: the model reads only the newest rounds, with which the prompt has so many tokens at
+            most, see `trim_history`. The history that is returned has all rounds.
         """
         answers = self.batch_chat(
             tokenizer, [query], [history], max_length=max_length, num_beams=num_beams, do_sample=do_sample,
-            top_p=top_p, temperature=temperature, logits_processor=logits_processor, **kwargs,
+            top_p=top_p, temperature=temperature, logits_processor=logits_processor, prompt_cache=prompt_cache,
+            max_history_tokens=max_history_tokens, **kwargs,
         )  # fmt: skip
         return answers[0]
 
@@ -779,9 +818,14 @@ class ChatMixin:
         tokenizer: Any,
         queries: list[str],
         histories: list[History | None] | None = None,
+        prompt_cache: PromptCache | None = None,
+        max_history_tokens: int | None = None,
         **kwargs: Any,
     ) -> list[tuple[str, History]]:
-        """`chat` for several conversations at once; its keyword arguments hold for all of them."""
+        """`chat` for several conversations at once; its keyword arguments hold for all of them.
+
+        A `prompt_cache` belongs to one conversation: with it there must be one query, and no beams.
+        """
         histories = [None] * len(queries) if histories is None else histories
         if len(histories) != len(queries) or isinstance(queries, str):
             raise ValueError(
@@ -790,10 +834,16 @@ class ChatMixin:
             )
         for query in queries:
             check_query(query)
-        rows = [tokenizer.encode_chat(*turn) for turn in zip(queries, histories, strict=True)]
+        rows = [
+            tokenizer.encode_chat(query, trim_history(tokenizer, query, history, max_history_tokens))
+            for query, history in zip(queries, histories, strict=True)
+        ]
         inputs = self._batch(tokenizer, rows)
         arguments = self._generation_arguments(tokenizer, inputs["input_ids"].shape[1], **kwargs)
-        outputs = self.generate(**inputs, **arguments)
+        if prompt_cache is None:
+            outputs = self.generate(**inputs, **arguments)
+        else:
+            outputs = prompt_cache.generate(self, inputs["input_ids"], **arguments)
         answers = outputs[:, inputs["input_ids"].shape[1] :].tolist()
         eos = arguments.get("eos_token_id", self.generation_config.eos_token_id)
         eos = eos if isinstance(eos, (list, tuple)) else [eos]
@@ -816,31 +866,47 @@ class ChatMixin:
         temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
         return_past_key_values: bool = False,
+        prompt_cache: PromptCache | None = None,
+        max_history_tokens: int | None = None,
         **kwargs: Any,
     ) -> Iterator[tuple]:
         """As `chat`, yielding (answer so far, history) with every token that completes a character.
 
-        ChatGLM2-6B only: with `return_past_key_values` the cache comes along as a third value; given back as
-        `past_key_values` together with the history, the next turn computes only its own tokens.
+        The published way to go on without computing everything again, ChatGLM2-6B only: with
+        `return_past_key_values` the cache comes along as a third value; given back as `past_key_values` together
+        with the history, the next turn computes only its own tokens. That cache holds the tokens that were
+        generated, which may differ from those of the same text in a prompt; with a `prompt_cache` they are the same.
         """
         check_query(query)
         history = list(history or [])
-        reuse = past_key_values is not None or return_past_key_values
-        build = self.build_stream_inputs if reuse else self.build_inputs
-        input_ids = build(tokenizer, query, history)["input_ids"]
+        continued = past_key_values is not None or return_past_key_values
+        if continued and (prompt_cache is not None or max_history_tokens is not None):
+            raise ValueError(
+                "past_key_values and return_past_key_values continue a cache as it is, without prompt_cache and "
+                "max_history_tokens; leave out the ones or the others."
+            )
+        if continued:
+            inputs = self.build_stream_inputs(tokenizer, query, history)
+        else:
+            kept = trim_history(tokenizer, query, history, max_history_tokens)
+            inputs = self.build_inputs(tokenizer, query, kept)
+        input_ids = inputs["input_ids"]
         arguments = self._generation_arguments(
             tokenizer, input_ids.shape[1], max_length=max_length, do_sample=do_sample, top_p=top_p,
             temperature=temperature, logits_processor=logits_processor, **kwargs,
         )  # fmt: skip
 
-        def turn(response: str, cache: Cache) -> tuple:
+        def turn(response: str, cache: Cache | None) -> tuple:
             longer = [*history, (query, response)]
             return (response, longer, cache) if return_past_key_values else (response, longer)
 
         decoder, shown = tokenizer.stream_decoder(), None
-        steps = self.stream_generate(
-            input_ids, past_key_values=past_key_values, return_past_key_values=True, **arguments
-        )
+        if prompt_cache is None:
+            steps = self.stream_generate(
+                input_ids, past_key_values=past_key_values, return_past_key_values=True, **arguments
+            )
+        else:
+            steps = ((ids, None) for ids in prompt_cache.stream_generate(self, input_ids, **arguments))
         for sequences, cache in steps:
             decoder.put(int(sequences[0, -1]))
             if decoder.text and not decoder.pending:
@@ -869,7 +935,7 @@ class ChatMixin:
             if prompt_length >= kwargs["max_length"]:
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens and max_length is {kwargs['max_length']}, which "
-                    "leaves no room for an answer; raise max_length or pass a shorter history."
+                    "leaves no room for an answer; raise max_length, or pass a shorter history or max_history_tokens."
                 )
         temperature = defaults["temperature"] if temperature is None else temperature
         kwargs["do_sample"] = do_sample and temperature > 0  # temperature 0 means the likeliest token

@@ -10,23 +10,11 @@ import weakref
 
 import pytest
 import torch
-from helpers import tiny_model
+from conversations import Conversation
 from transformers import LogitsProcessor, LogitsProcessorList
-from vocabularies import train_vocabulary, vocabulary_config
-
-from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 10}
 HISTORY = [("你好", "你好！"), ("1+1=?", "2")]
-
-
-class Conversation:
-    """A tiny model with random weights and a vocabulary of its own."""
-
-    def __init__(self, family: str, folder) -> None:
-        self.family = family
-        self.tokenizer = ChatGLMTokenizer(train_vocabulary(family, folder))
-        self.model = tiny_model(family, **vocabulary_config(self.tokenizer, spare=6))
 
 
 @pytest.fixture(scope="module")

@@ -231,8 +231,15 @@ def test_an_answer_is_printed_once_and_joins_the_history(capsys: pytest.CaptureF
 
 def test_options_reach_the_model_as_they_are():
     model = Echo()
-    reply(chat_with(model, max_length=50, temperature=0.0, top_p=0.5), "hi")
-    assert model.calls[0] == {"history": [], "max_length": 50, "temperature": 0.0, "top_p": 0.5}
+    chat = chat_with(model, max_length=50, temperature=0.0, top_p=0.5)
+    reply(chat, "hi")
+    assert model.calls[0] == {
+        "history": [],
+        "max_length": 50,
+        "prompt_cache": chat.prompt_cache,
+        "temperature": 0.0,
+        "top_p": 0.5,
+    }
 
 
 def test_by_default_the_context_of_a_small_model_bounds_the_length():
@@ -263,13 +270,14 @@ def test_stop_leaves_and_empty_lines_are_passed_over():
 
 
 def test_the_oldest_rounds_are_forgotten_when_there_is_no_room(capsys: pytest.CaptureFixture[str]):
+    """A quarter of the length is kept for the answer, and of the rest a quarter is freed at a time."""
     model = Echo()
-    chat = chat_with(model, max_length=40)  # a quarter of it is kept for the answer
-    converse(chat, ["a" * 6, "b" * 6, "c" * 6])
-    assert [said[0][0] for said in model.calls[-1]["history"]] == ["a", "b"]
-    converse(chat, ["d" * 6])
-    assert [said[0][0] for said in model.calls[-1]["history"]] == ["b", "c"]
-    assert capsys.readouterr().out.count("oldest 1 of the rounds were forgotten") == 1
+    chat = chat_with(model, max_length=100)
+    converse(chat, [letter * 6 for letter in "abcdefg"])
+    assert [said[0][0] for said in model.calls[-1]["history"]] == ["c", "d", "e", "f"]
+    converse(chat, ["h" * 6])
+    assert [said[0][0] for said in model.calls[-1]["history"]] == ["c", "d", "e", "f", "g"]
+    assert capsys.readouterr().out.count("oldest 2 of the rounds were forgotten") == 1
 
 
 @pytest.mark.parametrize(

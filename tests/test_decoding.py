@@ -134,6 +134,20 @@ def test_what_our_loop_cannot_give_comes_from_the_library(model, family):
     assert torch.equal(outputs.sequences, model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
+def test_inputs_that_others_prepare_are_taken(model, family):
+    """PEFT's prefix tuning brings its keys in so, and puts the method back afterwards."""
+    ids, calls, own = prompt(family), [], model.prepare_inputs_for_generation
+
+    def prepare(*args, **kwargs) -> dict:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    for method in (prepare, own):
+        model.prepare_inputs_for_generation = method
+        model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert len(calls) == 3
+
+
 def test_processors_and_stopping_criteria_of_the_caller_are_asked(model, family):
     ids, seen = prompt(family), []
 

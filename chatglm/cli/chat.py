@@ -90,18 +90,24 @@ class Chat:
         max_length: int | None = None,
         **sampling: float | None,
     ) -> None:
+        from chatglm.hub.generation_chatglm import PromptCache
+
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length or _default_max_length(model)
         self.sampling = sampling
         self.history: History = []
+        self.prompt_cache = PromptCache()
 
     def answer(self, query: str) -> Iterator[str]:
         """Yields the answer in pieces; `history` holds at every moment what was said so far."""
-        # Without past_key_values: the cache of the turn before holds the tokens that were generated, which
-        # differ from those that the text of the history encodes to, and so would the answers from chat's.
         stream = self.model.stream_chat(
-            self.tokenizer, query, self.history, max_length=self.max_length, **self.sampling
+            self.tokenizer,
+            query,
+            self.history,
+            max_length=self.max_length,
+            prompt_cache=self.prompt_cache,
+            **self.sampling,
         )
         for text, history in new_text(stream, self.model.config.family):
             self.history = history
@@ -109,15 +115,18 @@ class Chat:
 
     def make_room(self, query: str) -> int:
         """Forgets the oldest rounds until an answer to `query` has room; returns how many."""
+        from chatglm.hub.tokenization_chatglm import trim_history
+
         room = min(ROOM, self.max_length // 4)
-        forgotten = 0
-        while self.history and self._prompt_length(query) + room > self.max_length:
-            self.history = self.history[1:]
-            forgotten += 1
+        kept = trim_history(self.tokenizer, query, self.history, self.max_length - room)
+        forgotten = len(self.history) - len(kept)
+        self.history = kept
         return forgotten
 
-    def _prompt_length(self, query: str) -> int:
-        return len(self.tokenizer.encode_chat(query, self.history))
+    def clear(self) -> None:
+        """Forgets all that was said."""
+        self.history = []
+        self.prompt_cache.clear()
 
 
 def converse(chat: Chat, messages: Iterable[str], prefix: str = "", keep_going: bool = False) -> None:
@@ -130,7 +139,7 @@ def converse(chat: Chat, messages: Iterable[str], prefix: str = "", keep_going: 
         if command == "stop":
             return
         if command == "clear":
-            chat.history = []
+            chat.clear()
             print(CLEAR_SCREEN if sys.stdout.isatty() else "", end="", flush=True)
         elif command:
             try:
