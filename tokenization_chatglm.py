@@ -23,8 +23,6 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizer
 from transformers.cache_utils import Cache
 
-from .generation_chatglm import PromptCache
-
 CHATGLM = "chatglm"
 CHATGLM2 = "chatglm2"
 
@@ -792,7 +790,7 @@ class ChatMixin:
         top_p: float | None = None,
         temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        prompt_cache: PromptCache | None = None,
+        prompt_cache: Any = None,
         max_history_tokens: int | None = None,
         **kwargs: Any,
     ) -> tuple[str, History]:
@@ -801,8 +799,8 @@ class ChatMixin:
         `max_length` counts prompt and answer in tokens. Other keyword arguments go to `generate`. None means
         the default of the family (CHAT_DEFAULTS). Raises ValueError when the prompt leaves no room.
 
-        prompt_cache: the same PromptCache for all turns of a conversation; with ChatGLM2-6B each of them then
-            computes its new tokens alone. The answers are those without it.
+        prompt_cache: the same PromptCache (generation_chatglm.py) for all turns of a conversation; with ChatGLM2-6B
+            each of them then computes its new tokens alone. The answers are those without it.
         max_history_tokens: the model reads only the newest rounds, with which the prompt has so many tokens at
             most, see `trim_history`. The history that is returned has all rounds.
         """
@@ -818,7 +816,7 @@ class ChatMixin:
         tokenizer: Any,
         queries: list[str],
         histories: list[History | None] | None = None,
-        prompt_cache: PromptCache | None = None,
+        prompt_cache: Any = None,
         max_history_tokens: int | None = None,
         **kwargs: Any,
     ) -> list[tuple[str, History]]:
@@ -866,7 +864,7 @@ class ChatMixin:
         temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
         return_past_key_values: bool = False,
-        prompt_cache: PromptCache | None = None,
+        prompt_cache: Any = None,
         max_history_tokens: int | None = None,
         **kwargs: Any,
     ) -> Iterator[tuple]:
