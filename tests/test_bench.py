@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from vocabularies import vocabulary_config
 import chatglm
 from chatglm.cli import bench as command
 from chatglm.cli import main
-from chatglm.hub import modeling_chatglm
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.tools import bench as tool
 from chatglm.tools import machine
@@ -211,18 +210,13 @@ def test_lengths_suit_the_context(context: int, asked: tuple, given: tuple):
 
 def test_compare_runs_the_loop_of_transformers_turn_about(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
-    library, ours = GenerationMixin._sample, modeling_chatglm.decode_steps
 
-    def sample(self, *args, **kwargs):
-        calls.append("plain")
-        return library(self, *args, **kwargs)
+    def noting(name: str, sample: Callable) -> Callable:
+        return lambda *args, **kwargs: calls.append(name) or sample(*args, **kwargs)
 
-    def steps(*args, **kwargs) -> Iterator:
-        calls.append("ours")
-        return ours(*args, **kwargs)
-
-    monkeypatch.setattr(tool.PlainModel, "_sample", sample)
-    monkeypatch.setattr(modeling_chatglm, "decode_steps", steps)
+    for name, cls in (("ours", ChatGLMForConditionalGeneration), ("plain", GenerationMixin)):
+        monkeypatch.setattr(cls, "_sample", noting(name, cls._sample))
+    monkeypatch.setattr(tool.PlainModel, "_sample", GenerationMixin._sample)
     options = {"device": "cpu", "prompt_tokens": 8, "new_tokens": 3, "progress": False}
     report = tool.bench(tiny_folder, rounds=2, compare=True, **options)
     greedy_and_sampled = ["ours", "plain"] * 2
