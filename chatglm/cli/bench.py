@@ -94,8 +94,8 @@ def as_text(facts: dict[str, Any]) -> str:
     rows = [_row(figure, compared) for figure in facts["figures"]]
     lines = [f"chatglm bench, {facts['date']}", "", *_head(facts), "", *table(header, rows)]
     if compared:
-        rounding = "different tokens; rounding can do that in half precision, but in float32 please report it"
-        same = "the same tokens" if facts["same_tokens"] else rounding
+        different = "different tokens; rounding can do that in half precision and behind long prompts, else please report it"
+        same = "the same tokens" if facts["same_tokens"] else different
         lines += ["", f"Taking the likeliest token, chatglm and the plain loop gave {same}."]
     return "\n".join(lines)
 
