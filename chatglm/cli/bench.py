@@ -94,7 +94,8 @@ def as_text(facts: dict[str, Any]) -> str:
     rows = [_row(figure, compared) for figure in facts["figures"]]
     lines = [f"chatglm bench, {facts['date']}", "", *_head(facts), "", *table(header, rows)]
     if compared:
-        different = "different tokens; rounding can do that in half precision and behind long prompts, else please report it"
+        rounding = "rounding can do that in half precision and behind long prompts, else please report it"
+        different = f"different tokens; {rounding}"
         same = "the same tokens" if facts["same_tokens"] else different
         lines += ["", f"Taking the likeliest token, chatglm and the plain loop gave {same}."]
     return "\n".join(lines)
