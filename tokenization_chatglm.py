@@ -179,6 +179,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if self.family == CHATGLM:
             self._white_space = {piece: text for piece, text in WHITE_SPACE.items() if piece in surfaces}
             surfaces.update(self._white_space)
+            self._white_space_pieces = {text: piece for piece, text in self._white_space.items()}
+            longest_first = sorted(self._white_space_pieces, key=len, reverse=True)
+            # A blank alone stays, and is the most frequent: the look-ahead passes over it at once.
+            self._white_space_runs = re.compile(rf"(?=\n|\t|  )(?:{'|'.join(longest_first)})")
         else:
             clash = [name for name in CHATGLM2_APPENDED if name in surfaces]
             if clash:
@@ -358,9 +362,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             text = " ".join(text.split())
         if self.do_lower_case:
             text = text.lower()
-        pieces = {text: piece for piece, text in self._white_space.items()}
-        longest_first = sorted(pieces, key=len, reverse=True)
-        return re.sub("|".join(longest_first), lambda run: pieces[run[0]], text)
+        return self._white_space_runs.sub(lambda run: self._white_space_pieces[run[0]], text)
 
     def get_prefix_tokens(self) -> list[int]:
         """Return the ids in front of every ChatGLM2 input; ChatGLM-6B has none there."""
