@@ -957,10 +957,13 @@ class KnownTokens(LogitsProcessor):
 
     def __init__(self, number_of_tokens: int) -> None:
         self.number_of_tokens = number_of_tokens
+        self.unknown = torch.empty(0, dtype=torch.bool)  # [V], made at the first token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        unknown = torch.arange(scores.shape[-1], device=scores.device) >= self.number_of_tokens
-        return scores.masked_fill(unknown, -torch.inf)
+        if len(self.unknown) != scores.shape[-1] or self.unknown.device != scores.device:
+            ids = torch.arange(scores.shape[-1], device=scores.device)
+            self.unknown = ids >= self.number_of_tokens
+        return scores.masked_fill(self.unknown, -torch.inf)
 
 
 def _check_text(text: Any, what: str = "The text") -> None:
