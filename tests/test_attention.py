@@ -20,8 +20,9 @@ from helpers import (
     tiny_config,
     tiny_model,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chatglm.hub.modeling_chatglm import Attention, eager_attention_forward
+from chatglm.hub.modeling_chatglm import Attention, cpu_attention, eager_attention_forward
 
 # Masks and padding
 
@@ -127,6 +128,25 @@ def flex_and_sdpa(model, ids: torch.Tensor, **kwargs) -> list[torch.Tensor]:
         model.set_attn_implementation(implementation)
         found.append(logits(model, ids, **kwargs))
     return found
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "causal"])
+def test_shared_keys_are_read_in_place_with_what_copies_of_them_give(family, masked, monkeypatch):
+    attention, shapes = Attention(tiny_config(family), 0), []
+    query = torch.randn(2, 4, 5, 16, requires_grad=True)
+    key, value = (torch.randn(2, attention.num_key_value_heads, 5 + 3 * masked, 16) for _ in range(2))
+    mask = torch.ones(5, 8, dtype=torch.bool).tril(3).expand(2, 1, 5, 8) if masked else None
+    expected, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](attention, query, key, value, mask, scaling=0.25)
+    compute = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(query: torch.Tensor, key: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        shapes.append(key.shape)
+        return compute(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    actual, _ = cpu_attention(attention, query, key, value, mask, scaling=0.25)
+    assert torch.equal(actual, expected)
+    assert shapes == [key.shape]
 
 
 @pytest.mark.slow

@@ -59,6 +59,11 @@ def test_the_answers_of_several_rounds_are_those_without_in_the_published_vocabu
     check_rounds(Conversation(family, tokenizer=published), **GREEDY)
 
 
+@pytest.mark.parametrize("options", [{"pre_seq_len": 3}, {"attn_implementation": "eager"}], ids=str)
+def test_the_answers_of_rare_models_are_those_without(family, tmp_path, options):
+    check_rounds(Conversation(family, tmp_path, **options), **GREEDY)
+
+
 @pytest.mark.parametrize("limit", [0, 60, 120, 200])
 def test_the_answers_to_trimmed_histories_are_those_without(talk, limit):
     check_rounds(talk, max_history_tokens=limit, **GREEDY)
