@@ -29,7 +29,12 @@ class Proof:
         if not total:
             return "No answers were compared: the model does not fit into the memory that is free."
         told = f"{self.equal} of {total} answers are the same as before, token for token"
-        return told + (f"; {self.left} were, until they used a piece that was dropped." if self.left else ".")
+        if not self.left:
+            return f"{told}."
+        return (
+            f"{told}; {self.left} were, until they needed a piece that was dropped (texts like the answers, added "
+            "to the corpus, keep more of them)."
+        )
 
 
 def same_answers(old: Parts, new: Parts, kept: Sequence[int], questions: Sequence[str]) -> Proof:
