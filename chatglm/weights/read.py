@@ -8,7 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError  # the error alone: nothing is unpickled here
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from chatglm.weights.tensors import State, Tensor
 
@@ -49,9 +49,7 @@ def _read_safetensors(path: Path) -> State:
                 )
                 for name, view in views.items()
             }
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # the class is private in some releases
-            raise
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); download it again.") from None
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -74,9 +75,7 @@ def _write_shard(shard: State, path: Path, bar: tqdm) -> None:
 def _io_errors_as_oserror() -> Iterator[None]:
     try:
         yield
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # the class is private in some releases
-            raise
+    except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
 
