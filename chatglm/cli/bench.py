@@ -10,7 +10,8 @@ from typing import Any
 
 from chatglm.checkpoint import read_checkpoint
 from chatglm.cli.chat import whole_number
-from chatglm.find import MODEL_HELP, find_checkpoint
+from chatglm.cli.options import add_model_options
+from chatglm.find import find_checkpoint
 from chatglm.tools.chart import check_chart, three_digits
 
 EPILOG = """
@@ -26,9 +27,8 @@ docs/performance.md tells what every line means.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
+    add_model_options(parser)
     add = parser.add_argument
-    add("model", nargs="?", default="demo", help=MODEL_HELP)
-    add("--revision", help="branch, tag or commit of a Hub name (default: main)")
     add("--compare", action="store_true", help="let the plain loop of transformers run the same, turn about")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured to this file")
     add("--chart", type=Path, metavar="FILE", help="draw bars into this .png or .svg file; needs matplotlib")
@@ -37,11 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     new = "length of every answer (default: 128, or a sixteenth of a shorter context)"
     add("--new-tokens", type=whole_number, metavar="N", help=new)
     add("--rounds", type=whole_number, default=3, metavar="N", help="values for every figure (default: 3)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the first there is of cuda, mps, cpu)")
-    dtypes = ["float32", "float16", "bfloat16"]
-    own = "the checkpoint's own; on a CPU float32, or bfloat16 from a billion parameters on"
-    add("--dtype", choices=dtypes, help=f"what it computes in (default: {own})")
-    add("--quantize", type=int, choices=[8, 4], help="pack the weights into so many bits")
     grouped = "with --quantize 4: columns that share a scale"
     add("--group-size", type=int, choices=[32, 64, 128], help=grouped)
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint
-from chatglm.find import MODEL_HELP, OURS, find_checkpoint
+from chatglm.cli.options import add_model_options
+from chatglm.find import OURS, find_checkpoint
 from chatglm.streaming import History, new_text
 
 if TYPE_CHECKING:
@@ -22,14 +23,8 @@ ROOM = 256  # tokens an answer should have at least, or a quarter of a shorter c
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
     add = parser.add_argument
-    add("model", nargs="?", default="demo", help=MODEL_HELP)
-    add("--revision", help="branch, tag or commit of a Hub name (default: main)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the first there is of cuda, mps, cpu)")
-    dtypes = ["float32", "float16", "bfloat16"]
-    own = "the checkpoint's own; on a CPU float32, or bfloat16 from a billion parameters on"
-    add("--dtype", choices=dtypes, help=f"what it computes in (default: {own})")
-    add("--quantize", type=int, choices=[4, 8], help="pack the weights into so many bits")
     lengths = "2048 for ChatGLM-6B, 8192 for ChatGLM2-6B, less for models with a shorter context"
     add("--max-length", type=whole_number, help=f"tokens of prompt and answer (default: {lengths})")
     temperatures = "0.95 for ChatGLM-6B, 0.8 for ChatGLM2-6B, 0 for demo and demo-v1"
