@@ -365,9 +365,8 @@ class PromptCache:
         return cache
 
     def _put(self, sequence: torch.Tensor, cache: GrowingCache, key: tuple) -> None:
-        """Keep `cache`, whose last step may have been broken off in any of its layers."""
+        """Keep `cache` and the tokens that all layers have: the last step may have been broken off in any of them."""
         length = min(layer.get_seq_length() for layer in cache.layers)
-        cache.keep(length)
         with self._lock:
             self._kept = (key, sequence[:length], cache)
 
