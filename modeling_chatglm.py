@@ -298,11 +298,13 @@ def cpu_attention(
 
 
 def attention_function(
-    implementation: str, new_tokens: int, device: torch.device, output_attentions: bool
+    implementation: str, new_tokens: int, device: torch.device, output_attentions: bool, paged: bool = False
 ) -> Callable:
-    """What all layers of one forward pass compute attention with."""
+    """What all layers of one forward pass compute attention with; the library's own fills a `paged` cache itself."""
     if output_attentions:
         return eager_attention_forward  # no other one has weights to show
+    if paged:
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     if implementation == "sdpa" and new_tokens == 1:
         return one_token_attention
     if implementation == "sdpa" and device.type == "cpu":
@@ -768,6 +770,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             inputs_embeds.shape[1],
             inputs_embeds.device,
             output_attentions,
+            paged="cache" in kwargs,
         )
 
         hidden_states = inputs_embeds
