@@ -441,6 +441,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         parts = [decoder.put(vocab[t]) if t in vocab else decoder.put_text(t) for t in tokens]
         return "".join(parts) + decoder.flush()
 
+    def token_bytes(self, index: int) -> bytes:
+        """Return what an id stands for in a text: UTF-8, perhaps a part of a character, or nothing."""
+        text = self._surfaces[index] if 0 <= index < len(self._surfaces) else ""
+        return text if isinstance(text, bytes) else text.encode()
+
     def stream_decoder(self, skip_special_tokens: bool = False) -> StreamDecoder:
         """Return a decoder that takes ids as they are generated and gives out whole characters."""
         return StreamDecoder(self, skip_special_tokens)

@@ -1,0 +1,66 @@
+"""Answers that are JSON: which tokens may come next, by llguidance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+try:
+    import llguidance
+except ImportError:
+    llguidance = None
+
+if TYPE_CHECKING:
+    from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+
+JSON_OBJECT = '{"type": "object"}'  # as a JSON schema: any object
+
+
+class JsonGuides:
+    """Makes a guide for each answer; the table of the vocabulary, which takes a second, is made once."""
+
+    def __init__(self, tokenizer: ChatGLMTokenizer, end_tokens: list[int]) -> None:
+        if llguidance is None:
+            raise ValueError("JSON answers need the package llguidance: pip install llguidance.")
+        self._vocabulary = llguidance.LLTokenizer(_Vocabulary(tokenizer, end_tokens), eos_token=end_tokens)
+        self._grammar = llguidance.LLMatcher.grammar_from_json_schema(JSON_OBJECT)
+
+    def new(self) -> JsonGuide:
+        """A guide for one answer."""
+        return JsonGuide(llguidance.LLMatcher(self._vocabulary, self._grammar))
+
+
+class JsonGuide:
+    """Follows one answer and tells which tokens keep it the beginning of a JSON object."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def allowed(self, size: int) -> torch.Tensor:
+        """Booleans [size], True for the token ids that may come next."""
+        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        places = torch.arange(8, dtype=torch.uint8)
+        known = (bits[:, None] >> places & 1).bool().flatten()[:size]  # the lowest bit is the first token
+        return torch.nn.functional.pad(known, (0, size - len(known)))
+
+    def took(self, token: int) -> None:
+        """Go on with the token that was chosen."""
+        if not self._matcher.consume_token(token):
+            raise ValueError(
+                f"Token {token} does not go on as JSON ({self._matcher.get_error()}); ask without JSON."
+            )
+
+
+class _Vocabulary:
+    """The tokens as bytes, in the shape that llguidance reads."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: ChatGLMTokenizer, end_tokens: list[int]) -> None:
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.eos_token_id, self.bos_token_id = end_tokens[0], None
+        self.special_token_ids = [i for i, text in enumerate(self.tokens) if not text]
+
+    def __call__(self, text: bytes) -> list[int]:
+        raise NotImplementedError("Answers are followed token by token; no text is encoded for them.")
