@@ -156,6 +156,67 @@ class StopCheck:
         return done
 
 
+class PromptLookup:
+    """Guesses how a text goes on: as it did the last time that its last tokens stood in it (Saxena 2023).
+
+    What an answer copies, names, code, a passage that it quotes, is guessed so without a second model. Guesses grow
+    while they are right: `most` tokens at a time are tried only where they pay.
+
+        text   a b c d ... a b      guess   c d
+    """
+
+    SHORTEST, LONGEST = 2, 3  # tokens in a row that must be found again; one alone guesses wrongly too often
+
+    def __init__(self, ids: list[int], most: int, longest: int | None = None) -> None:
+        if most < 1 or (longest is not None and longest < 1):
+            raise ValueError(
+                f"prompt_lookup_num_tokens is {most} and max_matching_ngram_size is {longest}; both must be 1 at "
+                "least, or left out."
+            )
+        longest = self.LONGEST if longest is None else longest
+        self.sizes = range(longest, min(self.SHORTEST, longest) - 1, -1)
+        self.most, self.number = most, min(2, most)
+        self.ids: list[int] = []
+        self.followers: dict[tuple[int, ...], int] = {}  # a run of tokens -> where its last place ended
+        for token in ids:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        """The text has one token more."""
+        for run in self._last_runs():
+            self.followers[run] = len(self.ids)
+        self.ids.append(token)
+
+    def guess(self) -> list[int]:
+        """The next tokens, or none; of a text that repeats itself as many as are asked for."""
+        start = next((self.followers[run] for run in self._last_runs() if run in self.followers), None)
+        if start is None:
+            return []
+        end = len(self.ids)
+        return [self.ids[start + i % (end - start)] for i in range(self.number)]
+
+    def judge(self, right: int, guessed: int) -> None:
+        """So many of the guessed tokens were right: the next guess has twice as many, or one more than that."""
+        self.number = min(2 * guessed if right == guessed else right + 1, self.most)
+
+    def _last_runs(self) -> Iterator[tuple[int, ...]]:
+        """The runs of tokens that the text ends with, the longest first."""
+        return (tuple(self.ids[-size:]) for size in self.sizes if size <= len(self.ids))
+
+
+def prompt_lookup(input_ids: torch.Tensor, generation_config: Any) -> PromptLookup | None:
+    """What `prompt_lookup_num_tokens` asks for; ValueError for several rows, which would part."""
+    most = generation_config.prompt_lookup_num_tokens
+    if most is None:
+        return None
+    if len(input_ids) != 1:
+        raise ValueError(
+            f"prompt_lookup_num_tokens serves one conversation at a time, but there are {len(input_ids)} rows; "
+            "leave it out."
+        )
+    return PromptLookup(input_ids[0].tolist(), most, generation_config.max_matching_ngram_size)
+
+
 def decode_steps(
     model: Any,
     input_ids: torch.Tensor,
@@ -173,7 +234,8 @@ def decode_steps(
     sampler, stop = Sampler(logits_processor, generation_config.do_sample), StopCheck(stopping_criteria)
     padding = generation_config._pad_token_tensor
     sequences, finished = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    steps = next_scores(model, input_ids, cached, model_kwargs)
+    lookup = prompt_lookup(input_ids, generation_config)
+    steps = next_scores(model, input_ids, cached, lookup, model_kwargs)
     scores, cache = next(steps)
     while True:
         with torch.no_grad():
@@ -190,7 +252,11 @@ def decode_steps(
 
 
 def next_scores(
-    model: Any, input_ids: torch.Tensor, cached: int, model_kwargs: dict[str, Any]
+    model: Any,
+    input_ids: torch.Tensor,
+    cached: int,
+    lookup: PromptLookup | None,
+    model_kwargs: dict[str, Any],
 ) -> Iterator[tuple[torch.Tensor, Cache]]:
     """Scores [B, V] in float32 after `input_ids`, then after each [B, 1] that is sent in, and the cache."""
     mask, positions, cache = (
@@ -199,16 +265,40 @@ def next_scores(
     input_ids, positions = input_ids[:, cached:], None if positions is None else positions[:, cached:]
     if cache is None or (type(cache) is DynamicCache and not cache.get_seq_length()):
         cache = GrowingCache(model.config.num_layers, model.cache_dtype)
+    if lookup and not isinstance(cache, GrowingCache):
+        raise ValueError(
+            f"prompt_lookup_num_tokens takes back what was guessed wrongly, which a {type(cache).__name__} cannot; "
+            "leave past_key_values and cache_implementation out."
+        )
     tokens = yield read_prompt(model, input_ids, mask, positions, cache), cache
-    step = model.one_token_step() if isinstance(cache, GrowingCache) else None
-    state = (
-        prepared_steps(model, step, cache, mask, positions)
-        if step
-        else plain_steps(model, cache, mask, positions)
-    )
-    next(state)
+    run = (Steps if isinstance(cache, GrowingCache) else PlainSteps)(model, cache, mask, positions)
     while True:
-        tokens = yield state.send(tokens), cache
+        if lookup:
+            tokens = yield from guessed_scores(run, lookup, cache, tokens)
+        else:
+            tokens = yield run(tokens)[:, -1], cache
+
+
+def guessed_scores(
+    run: Steps, lookup: PromptLookup, cache: GrowingCache, tokens: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, Cache]]:
+    """Scores after `tokens` [1, 1] and after what is guessed to follow, all from one pass, until a guess is wrong.
+
+    Returns the token that comes instead. Each one is chosen from scores that the model gives for just what stands
+    before it, so a guess changes how fast an answer comes, not which; only sums in another order round otherwise.
+    """
+    lookup.append(int(tokens))
+    guess, past = lookup.guess(), cache.get_seq_length()
+    scores = run(torch.cat((tokens, tokens.new_tensor([guess])), dim=-1) if guess else tokens)
+    for right in range(len(guess) + 1):
+        cache.keep(past + 1 + right)  # of what the pass has computed, only what is known to be right
+        tokens = yield scores[:, right], cache
+        if right == len(guess) or int(tokens) != guess[right]:
+            break
+        lookup.append(guess[right])
+    if guess:
+        lookup.judge(right, len(guess))
+    return tokens
 
 
 def read_prompt(
@@ -238,48 +328,80 @@ def read_prompt(
     return outputs.logits[:, -1].float()
 
 
-def plain_steps(model: Any, cache: Cache, mask: Any, positions: Any) -> Iterator[torch.Tensor]:
-    """One call of the whole model a token, with arguments that grow: sent [B, 1], yields scores [B, V]."""
-    tokens = yield
-    while True:
-        positions = None if positions is None else positions[:, -1:] + 1
-        mask = None if mask is None else F.pad(mask, (0, 1), value=1)
-        with torch.no_grad():
-            outputs = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        tokens = yield outputs.logits[:, -1].float()
+class PlainSteps:
+    """Calls the whole model with one more token of every row, with arguments that grow, on any kind of cache."""
+
+    def __init__(
+        self, model: Any, cache: Cache, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> None:
+        self.model, self.cache, self.mask, self.positions = model, cache, mask, positions
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores [B, 1, V] in float32 after `tokens` [B, 1]."""
+        if self.positions is not None:
+            self.positions = self.positions[:, -1:] + 1
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, 1), value=1)
+        return self.model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits.float()
 
 
-def prepared_steps(
-    model: Any, step: Any, cache: GrowingCache, mask: torch.Tensor | None, positions: torch.Tensor | None
-) -> Iterator[torch.Tensor]:
-    """The same through the model's `OneTokenStep`, with what does not depend on the token made ahead."""
-    past, first = cache.get_seq_length(), model.next_position(cache, mask, positions)  # first: [B or 1, 1]
-    padded = mask is not None and not bool(mask.all())
-    visible, made, tokens = None, 0, (yield)
-    while True:
-        with torch.no_grad():
-            i = made % STEP
-            if i == 0:
-                cos, sin = step.tables(first + torch.arange(made, made + STEP, device=first.device))
-                if padded:
-                    visible = F.pad(mask, (0, made + STEP), value=1).bool()[:, None, None]
-            made += 1
-            scores = step(
-                tokens,
-                (cos[:, :, i : i + 1], sin[:, :, i : i + 1]),
-                visible[..., : past + made] if padded else None,
-                cache,
-            )
-        if hasattr(cache, "glm_next_position"):  # for a later `forward` without positions
-            cache.glm_next_position = (past + made, first + made)
-        tokens = yield scores
+class Steps:
+    """Calls the model with further tokens of every row; on a GrowingCache, which may be cut back in between.
+
+    One token goes through the model's `OneTokenStep`, with what does not depend on it made ahead.
+    """
+
+    def __init__(
+        self, model: Any, cache: GrowingCache, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> None:
+        self.model, self.cache, self.step = model, cache, model.one_token_step()
+        self.past, self.first = cache.get_seq_length(), model.next_position(cache, mask, positions)
+        self.mask = None if mask is None or bool(mask.all()) else mask
+        self.start, self.visible = -STEP, None  # of the tables: there are none yet
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores [B, T, V] in float32 after each of `tokens` [B, T]."""
+        made, new = self.cache.get_seq_length() - self.past, tokens.shape[1]
+        scores = self._one(tokens, made) if self.step and new == 1 else self._several(tokens, made)
+        if hasattr(self.cache, "glm_next_position"):  # for a later `forward` without positions
+            self.cache.glm_next_position = (self.past + made + new, self.first + made + new)
+        return scores
+
+    def _one(self, tokens: torch.Tensor, made: int) -> torch.Tensor:
+        if not self.start <= made < self.start + STEP:
+            self.start = made
+            self.cos, self.sin = self.step.tables(self._positions(made, STEP))
+            self.visible = None if self.mask is None else self._mask(made + STEP).bool()[:, None, None]
+        i = made - self.start
+        rotary = self.cos[:, :, i : i + 1], self.sin[:, :, i : i + 1]
+        visible = None if self.visible is None else self.visible[..., : self.past + made + 1]
+        return self.step(tokens, rotary, visible, self.cache)[:, None]
+
+    def _several(self, tokens: torch.Tensor, made: int) -> torch.Tensor:
+        new = tokens.shape[1]
+        return self.model(
+            input_ids=tokens,
+            attention_mask=None if self.mask is None else self._mask(made + new),
+            position_ids=self._positions(made, new),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits.float()
+
+    def _positions(self, made: int, new: int) -> torch.Tensor:
+        """[B or 1, new]; of ChatGLM-6B packed, where the next token is one more too."""
+        return self.first + torch.arange(made, made + new, device=self.first.device)
+
+    def _mask(self, made: int) -> torch.Tensor:
+        """[B, T] of the prompt and `made` tokens after it."""
+        return F.pad(self.mask, (0, made), value=1)
 
 
 class PromptCache:

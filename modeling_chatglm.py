@@ -1243,17 +1243,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         **kwargs: Any,
     ) -> Any:
         """What `generate` runs for greedy decoding and sampling: our loop, or the library's where that can more."""
-        wanted_more = (
-            generation_config.return_dict_in_generate or synced_gpus or generation_config.is_assistant
-        )
-        cache = kwargs.get("past_key_values")
-        # A filled cache comes with all ids, of which the library takes those that follow.
-        other_cache = type(cache) not in (DynamicCache, GrowingCache) or cache.get_seq_length() > 0
-        # PEFT's prefix tuning brings its keys in through this method, which our loop does not call.
-        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
-        replaced = prepare is not type(self).prepare_inputs_for_generation
-        uncached = "inputs_embeds" in kwargs or not kwargs.get("use_cache", True)
-        if wanted_more or other_cache or replaced or uncached:
+        if not self._our_loop_will_do(generation_config, synced_gpus, **kwargs):
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -1273,6 +1263,50 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         if streamer is not None:
             streamer.end()
         return sequences
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `generate` runs where several tokens may come of one pass; `prompt_lookup_num_tokens` is our loop's."""
+        looked_up = generation_config.prompt_lookup_num_tokens is not None and not kwargs.get(
+            "assistant_model"
+        )
+        if not looked_up or not self._our_loop_will_do(generation_config, synced_gpus, **kwargs):
+            return super()._assisted_decoding(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                inputs_tensor,
+                **kwargs,
+            )
+        return self._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
+        )
+
+    def _our_loop_will_do(self, generation_config: Any, synced_gpus: bool, **kwargs: Any) -> bool:
+        """Whether `decode_steps` gives what `generate` was asked for."""
+        wanted_more = (
+            generation_config.return_dict_in_generate or synced_gpus or generation_config.is_assistant
+        )
+        cache = kwargs.get("past_key_values")
+        # A filled cache comes with all ids, of which the library takes those that follow.
+        other_cache = type(cache) not in (DynamicCache, GrowingCache) or cache.get_seq_length() > 0
+        # PEFT's prefix tuning brings its keys in through this method, which our loop does not call.
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
+        replaced = prepare is not type(self).prepare_inputs_for_generation
+        uncached = "inputs_embeds" in kwargs or not kwargs.get("use_cache", True)
+        return not (wanted_more or other_cache or replaced or uncached)
 
     def next_position(
         self, cache: Cache, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
