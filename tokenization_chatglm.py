@@ -743,6 +743,10 @@ def _content_text(content: Any, index: int) -> str:
     return "".join(texts)
 
 
+WIDE_MARKS = dict(zip(",!:;?", "，！：；？", strict=True))
+NARROW_MARKS = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
+
+
 def process_response(family: str, text: str) -> str:
     """Tidy an answer as the published `chat` does.
 
@@ -750,11 +754,7 @@ def process_response(family: str, text: str) -> str:
     character in full width.
     """
     text = text.strip().replace("[[训练时间]]", "2023年")
-    if family == CHATGLM:
-        for narrow, wide in zip(",!:;?", "，！：；？", strict=True):
-            text = re.sub(rf"([\u4e00-\u9fff])\{narrow}", rf"\1{wide}", text)
-            text = re.sub(rf"\{narrow}([\u4e00-\u9fff])", rf"{wide}\1", text)
-    return text
+    return NARROW_MARKS.sub(lambda mark: WIDE_MARKS[mark[0]], text) if family == CHATGLM else text
 
 
 # The published defaults of chat and stream_chat.

@@ -46,7 +46,8 @@ class Transcript:
 
     def __init__(self, tokenizer: ChatGLMTokenizer, request: Request) -> None:
         self._decoder = tokenizer.stream_decoder()
-        self._family, self._stop, self._clean = tokenizer.family, request.stop, request.clean
+        self._family, self._stop = tokenizer.family, request.stop
+        self._clean = request.clean and not request.json  # JSON is not prose
         self._raw, self._searched = "", 0
         self.text, self.stopped = "", False
 

@@ -14,7 +14,8 @@ except ImportError:
 if TYPE_CHECKING:
     from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
-JSON_OBJECT = '{"type": "object"}'  # as a JSON schema: any object
+# Any object, as a JSON schema. Without a bound a model that has nothing to say goes on with blanks for ever.
+JSON_OBJECT = {"type": "object", "x-guidance": {"whitespace_pattern": r"[ \t\n\r]{0,20}"}}
 
 
 class JsonGuides:
@@ -40,6 +41,8 @@ class JsonGuide:
     def allowed(self, size: int) -> torch.Tensor:
         """Booleans [size], True for the token ids that may come next."""
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        if self._matcher.is_error():
+            raise ValueError(f"JSON cannot go on here ({self._matcher.get_error()[:200]}); ask without JSON.")
         places = torch.arange(8, dtype=torch.uint8)
         known = (bits[:, None] >> places & 1).bool().flatten()[:size]  # the lowest bit is the first token
         return torch.nn.functional.pad(known, (0, size - len(known)))
@@ -61,6 +64,15 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.eos_token_id, self.bos_token_id = end_tokens[0], None
         self.special_token_ids = [i for i, text in enumerate(self.tokens) if not text]
+        self._ids = {text: i for i, text in enumerate(self.tokens) if text}
+        self._longest = max(map(len, self._ids))
 
-    def __call__(self, text: bytes) -> list[int]:
-        raise NotImplementedError("Answers are followed token by token; no text is encoded for them.")
+    def __call__(self, text: str) -> list[int]:
+        """Tokens that spell `text`, the longest first; llguidance asks where there is only one way to go on."""
+        left, ids = text.encode(), []
+        while left:
+            lengths = range(min(len(left), self._longest), 0, -1)
+            length = next(n for n in lengths if left[:n] in self._ids)  # each byte is a token
+            ids.append(self._ids[left[:length]])
+            left = left[length:]
+        return ids
