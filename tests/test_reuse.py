@@ -12,7 +12,8 @@ from conversations import Conversation, computed_tokens
 from helpers import CHATGLM, CHATGLM2
 from transformers import LogitsProcessor
 
-from chatglm.cli.chat import Chat, reply
+from chatglm.cli.backends import LoadedModel
+from chatglm.cli.conversation import Conversation as Talk
 from chatglm.hub.generation_chatglm import STEP, GrowingLayer, PromptCache
 from chatglm.hub.tokenization_chatglm import trim_history
 
@@ -374,43 +375,44 @@ def test_a_limit_that_is_no_number_of_tokens_is_refused(talk, limit):
 # ---- chatglm chat
 
 
-def answer(chat: Chat, query: str) -> str:
-    return "".join(chat.answer(query))
+def talk_in_terminal(talk, **options) -> Talk:
+    return Talk(LoadedModel(talk.model, talk.tokenizer, temperature=0.0, **options))
 
 
 def test_the_second_turn_in_the_terminal_computes_only_its_new_tokens(talk2):
-    chat = Chat(talk2.model, talk2.tokenizer, max_length=400, temperature=0.0)
-    chat.history = LONG[:5]
+    chat = talk_in_terminal(talk2, max_length=400)
+    for query, response in LONG[:5]:
+        chat.messages += [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
     with computed_tokens() as first:
-        next(chat.answer("你好"))
+        next(chat.ask("你好"))
     with computed_tokens() as second:
-        next(chat.answer("晚上"))
+        next(chat.ask("晚上"))
     assert second[0] < first[0] / 4
 
 
 def test_clear_in_the_terminal_forgets_the_cache_too(talk2):
     before = layers()
-    chat = Chat(talk2.model, talk2.tokenizer, max_length=200, temperature=0.0)
-    answer(chat, "你好")
+    chat = talk_in_terminal(talk2, max_length=200)
+    "".join(chat.ask("你好"))
     assert layers() > before
     chat.clear()
     assert layers() == before
 
 
-def test_memory_stays_flat_over_200_rounds(talk2, capsys):
+def test_memory_stays_flat_over_200_rounds(talk2):
     def tensor_bytes() -> int:
         """Of all tensors that are alive but parameters; parts of others count once more."""
         gc.collect()
         alive = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
         return sum(tensor.numel() * tensor.element_size() for tensor in alive)
 
-    chat = Chat(talk2.model, talk2.tokenizer, max_length=120, temperature=0.0, max_new_tokens=4)
-    sizes, empty = [], tensor_bytes()
+    chat = talk_in_terminal(talk2, max_length=120, max_new_tokens=4)
+    sizes, empty, forgotten = [], tensor_bytes(), 0
     for i in range(200):
-        reply(chat, f"你好 {i}")
+        "".join(chat.ask(f"你好 {i}"))
+        forgotten += chat.last_answer.left_out > 0
         if i % 20 == 19:
             sizes.append(tensor_bytes() - empty)
-    assert len(chat.history) < 20
-    assert capsys.readouterr().out.count("were forgotten") > 20
+    assert forgotten > 20
     token = 2 * 2 * 2 * 16 * 4  # bytes of keys and values of two layers with two heads
     assert max(sizes) <= (STEP + 120) * token + 120 * 8  # one buffer, the part of it in use, and the ids

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from chatglm import __version__
 
 COMMANDS = {
+    "ask": "answer one question, for scripts and pipes",
     "bench": "measure how fast a model is on this machine, and the memory it needs",
     "chat": "talk with a model in the terminal",
     "convert": "write a checkpoint in another form: safetensors, another dtype, packed, adapters merged",

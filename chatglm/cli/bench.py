@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chatglm.checkpoint import read_checkpoint
-from chatglm.cli.chat import whole_number
-from chatglm.cli.options import add_model_options
+from chatglm.cli.options import add_model_options, whole_number
 from chatglm.find import find_checkpoint
 from chatglm.tools.chart import check_chart, three_digits
 
