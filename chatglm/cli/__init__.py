@@ -21,7 +21,9 @@ COMMANDS = {
     "download": "fetch a model from the Hub to its cache or to a folder",
     "export": "write a folder for the Hub that loads anywhere, with a model card",
     "info": "tell what a model is and the memory it needs, without loading it",
+    "serve": "serve a model: OpenAI's API, the published one, and a chat page",
     "verify": "check that a checkpoint is whole and sound, down to every number",
+    "web": "talk with a model in the browser",
 }
 
 

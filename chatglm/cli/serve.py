@@ -1,0 +1,208 @@
+"""`chatglm serve [MODEL]`: OpenAI's API, the published one and a chat page; the work is in chatglm/server."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatglm.checkpoint import read_checkpoint
+from chatglm.cli.options import add_model_options, whole_number
+from chatglm.find import find_checkpoint
+
+if TYPE_CHECKING:
+    from chatglm.server.model import Model
+    from chatglm.server.settings import Settings
+
+KEY_VARIABLE = "CHATGLM_API_KEY"
+EPILOG = """
+Examples:
+  chatglm serve
+  chatglm serve THUDM/chatglm2-6b --quantize 4
+  chatglm serve --host 0.0.0.0 --api-key-file keys.txt
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{"model": "demo", "messages": [{"role": "user", "content": "hello"}]}'
+
+docs/serving.md tells every route and field.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    add_model_options(parser)
+    add_server_options(parser)
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Where the server listens, who may come in, and how much at a time."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
+    add("--port", type=port, default=8000, help="port to listen at; 0: any that is free (default: 8000)")
+    add(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="refuse requests without it; may be repeated",
+    )
+    add("--api-key-file", type=Path, metavar="FILE", help=f"keys, one a line; {KEY_VARIABLE} is read too")
+    add("--no-key", action="store_true", help="let every machine that reaches --host in, without a key")
+    add(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this site in; may be repeated",
+    )
+    add("--model-alias", action="append", default=[], metavar="NAME", help="another name for the model")
+    add("--max-batch", type=whole_number, metavar="N", help="answers computed at the same time (default: 8)")
+    add(
+        "--max-queue",
+        type=whole_number,
+        metavar="N",
+        help="requests that may wait; more get 429 (default: 64)",
+    )
+    lengths = "2048 for ChatGLM-6B, 8192 for ChatGLM2-6B"
+    add(
+        "--max-context",
+        type=whole_number,
+        metavar="N",
+        help=f"tokens of prompt and answer (default: {lengths})",
+    )
+    add(
+        "--max-tokens",
+        type=whole_number,
+        metavar="N",
+        help="tokens of one answer (default: what there is room for)",
+    )
+    add(
+        "--patience",
+        type=seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="for answers when it ends (default: 30)",
+    )
+    add("--log-prompts", action="store_true", help="write what people ask into the log")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    serve_model(arguments, listening=lambda url: None)
+
+
+def serve_model(arguments: argparse.Namespace, listening: Callable[[str], None]) -> None:
+    """Serves the model of the command line; `listening` is called with the address when it can be opened."""
+    # Before torch is imported and anything large is loaded: most mistakes are told at once.
+    settings = settings_from(arguments)
+    checkpoint = read_checkpoint(find_checkpoint(arguments.model, arguments.revision))
+    from chatglm.server.model import load_model
+    from chatglm.server.run import serve
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("chatglm.server").setLevel(logging.INFO)
+
+    def load() -> Model:
+        import transformers
+
+        from chatglm.loading import LARGE
+
+        if checkpoint.sizes.parameters < LARGE:
+            transformers.utils.logging.disable_progress_bar()
+        model = load_model(
+            arguments.model,
+            settings,
+            arguments.revision,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            quantize=arguments.quantize,
+        )
+        print(
+            f"{model.id} is ready: {model.parameters:,} parameters, {model.dtype} on {model.device}.",
+            flush=True,
+        )
+        return model
+
+    def tell(url: str) -> None:
+        print(
+            f"Listening at {url}; the page is there, the API at {url}/v1, its fields at {url}/docs.",
+            flush=True,
+        )
+        print(f"Loading {arguments.model} ...", flush=True)
+        listening(url)
+
+    serve(load, settings, arguments.host, arguments.port, tell)
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """The settings that the options ask for; ValueError or OSError with a sentence where they cannot be."""
+    try:
+        from chatglm.server.guard import is_loopback
+        from chatglm.server.settings import Settings
+    except ImportError as error:
+        message = (
+            f"The server needs {error.name}, which is not installed; pip install 'chatglm[server]' brings it."
+        )
+        raise OSError(message) from None
+
+    keys = api_keys(arguments.api_key, arguments.api_key_file)
+    local = is_loopback([arguments.host])
+    if not local and not keys and not arguments.no_key:
+        raise ValueError(
+            f"--host {arguments.host} lets other machines in; give --api-key or --api-key-file, or --no-key if "
+            "everybody may."
+        )
+    numbers = {
+        name: getattr(arguments, name) for name in ("max_batch", "max_queue", "max_context", "max_tokens")
+    }
+    return Settings(
+        api_keys=keys,
+        cors_origins=tuple(map(origin, arguments.cors)),
+        # With a key another site's page gains nothing by pointing its own name here.
+        allowed_hosts=("localhost", "127.0.0.1", "::1", arguments.host) if local and not keys else (),
+        model_aliases=tuple(arguments.model_alias),
+        patience=arguments.patience,
+        log_prompts=arguments.log_prompts,
+        **{name: number for name, number in numbers.items() if number is not None},
+    )
+
+
+def api_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """All keys: of the options, the environment, and the lines of the file that are neither empty nor comments."""
+    keys = list(given)
+    if KEY_VARIABLE in os.environ:
+        keys.append(os.environ[KEY_VARIABLE])
+    if file is not None:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise ValueError(f"{file} has no API key; write one on a line of its own.")
+        keys += found
+    for key in keys:
+        if not key or not all("!" <= letter <= "~" for letter in key):
+            raise ValueError(
+                "An API key is empty or has blanks or letters beyond ASCII, which no header can carry."
+            )
+    return tuple(keys)
+
+
+def origin(text: str) -> str:
+    """Scheme and host of a site whose pages may read answers; `*` is every site."""
+    scheme, _, rest = text.partition("://")
+    if text != "*" and (not scheme or not rest or "/" in rest):
+        raise ValueError(f"--cors is {text!r}; give scheme and host alone, such as https://chat.example.org.")
+    return text
+
+
+def port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    if not 0 <= float(text) <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+    return float(text)

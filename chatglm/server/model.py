@@ -1,0 +1,120 @@
+"""The model that is served: its engine, its name, and how conversations and texts become prompts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatglm.find import OURS, local_folder
+from chatglm.server.schemas import Message
+from chatglm.server.settings import Settings
+
+if TYPE_CHECKING:
+    from chatglm.engine.engine import Engine
+    from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in its engine, and what is told of it."""
+
+    id: str
+    engine: Engine
+    tokenizer: ChatGLMTokenizer
+    family: str  # "chatglm" or "chatglm2"
+    parameters: int
+    bytes: int  # of the weights as they lie in memory
+    dtype: str
+    device: str
+    # Where a request does not say.
+    temperature: float
+    top_p: float
+    max_length: int  # tokens of prompt and answer of POST /
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, as `chat` encodes them; ValueError where it is none."""
+        from chatglm.hub.tokenization_chatglm import check_query, split_messages
+
+        history, query, _ = split_messages(as_turns(messages))
+        check_query(query)
+        return self.tokenizer.encode_chat(query, history)
+
+    def text_prompt(self, text: str) -> list[int]:
+        """The ids of a plain text with the tokens that stand in every prompt; spellings of others stay text."""
+        return self.tokenizer(text, split_special_tokens=True)["input_ids"]
+
+
+def as_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Puts messages into the order of the ChatGLM prompt: perhaps a system message, then user and assistant in turns.
+
+    - system and developer messages at the beginning become one; further ones are part of the user's turn they stand in;
+    - neighbouring messages of one side become one, line by line;
+    - where the assistant speaks first (a greeting), the user has said nothing before.
+
+    Raises ValueError where the assistant speaks last: there is nothing to answer.
+    """
+    instructions = ("system", "developer")
+    first = next((i for i, message in enumerate(messages) if message.role not in instructions), len(messages))
+    system = "\n".join(message.text for message in messages[:first])
+    turns: list[dict[str, str]] = []
+    for message in messages[first:]:
+        role = "assistant" if message.role == "assistant" else "user"
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n" + message.text
+        else:
+            turns.append({"role": role, "content": message.text})
+    if not turns:  # instructions alone are what is to be answered
+        return [{"role": "user", "content": system}]
+    if turns[0]["role"] == "assistant":
+        turns.insert(0, {"role": "user", "content": ""})
+    if turns[-1]["role"] == "assistant":
+        raise ValueError(
+            "The last message is the assistant's; end with a message of the user, which is answered."
+        )
+    return [{"role": "system", "content": system}, *turns] if first else turns
+
+
+def load_model(
+    name: str,
+    settings: Settings,
+    revision: str | None = None,
+    **loading: Any,
+) -> Model:
+    """Loads a model as `chatglm.load` does and starts its engine.
+
+    `name` is "demo", "demo-v1", a folder or a Hub name; `loading` are device, dtype and quantize.
+    """
+    from chatglm.checkpoint import read_checkpoint
+    from chatglm.engine.engine import Engine
+    from chatglm.find import find_checkpoint
+    from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
+    from chatglm.loading import load
+
+    checkpoint = read_checkpoint(find_checkpoint(name, revision))
+    model, tokenizer = load(checkpoint.folder, **loading)
+    engine = Engine(model, tokenizer, settings.max_batch, settings.max_queue, settings.max_context)
+    defaults = CHAT_DEFAULTS[model.config.family]
+    return Model(
+        id=model_id(name),
+        engine=engine,
+        tokenizer=tokenizer,
+        family=model.config.family,
+        parameters=checkpoint.sizes.parameters,
+        bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        temperature=0.0
+        if name in OURS
+        else defaults["temperature"],  # so small a model knows one answer at most
+        top_p=defaults["top_p"],
+        max_length=min(defaults["max_length"], engine.context),
+    )
+
+
+def model_id(name: str) -> str:
+    """What the model is called: the name of ours, the Hub name, or the name of its folder."""
+    if name in OURS or local_folder(name) is None:
+        return name
+    return Path(name).expanduser().resolve().name

@@ -1,0 +1,161 @@
+"""Runs the server under uvicorn: the port first, the model in the background, and an end that loses no answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from chatglm.server.app import create_app
+from chatglm.server.errors import error_body
+from chatglm.server.guard import SECURITY_HEADERS
+from chatglm.server.service import Loader, Service
+from chatglm.server.settings import Settings
+
+logger = logging.getLogger("chatglm.server")
+
+
+def serve(
+    load: Loader,
+    settings: Settings,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    listening: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serves until Ctrl-C or SIGTERM.
+
+    Args:
+        load: returns the model, see `create_app`; what it raises ends the server and is raised here.
+        listening: called with the address as soon as /health answers; the model may still be loading.
+
+    Running answers then have `settings.patience` seconds to end; a second Ctrl-C ends them at once. Raises OSError
+    if the port is taken.
+    """
+    listener = listen(host, port)
+    app = create_app(load, settings)
+    config = uvicorn.Config(
+        app,
+        http=_connection(settings),
+        ws="none",
+        lifespan="on",
+        log_config=None,  # ours, see chatglm/cli/serve.py
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing here depends on who a proxy says the client is
+        limit_concurrency=settings.max_connections,
+        h11_max_incomplete_event_size=settings.max_header_bytes,
+        timeout_graceful_shutdown=round(settings.patience) + 5,
+    )
+    server = Server(config, app.state.service, lambda: listening(url_of(host, listener)))
+    server.run(sockets=[listener])
+    if app.state.service.failure is not None:
+        raise app.state.service.failure
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; OSError with a sentence if there can be none."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except socket.gaierror:
+        raise OSError(f"There is no address {host!r} on this machine; give another --host.") from None
+    except OSError as error:
+        raise OSError(
+            f"Port {port} of {host} cannot be used ({error.strerror}); give another --port."
+        ) from None
+    return listener
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    """The address to type into a browser."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    name = f"[{name}]" if ":" in name else name
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which ends when loading fails, and lets running answers end before it ends itself."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._listening = service, listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening()
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._service.failure is not None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        running = self._service.model.engine.statistics().running if self._service.model else 0
+        if running:
+            patience = self._service.settings.patience
+            logger.warning("%d answers have %g seconds to end; Ctrl-C ends them now.", running, patience)
+        # From now on the engine refuses new requests; connections that are open go on until their answers end.
+        close = threading.Thread(
+            target=self._service.close, args=(self._service.settings.patience,), daemon=True
+        )
+        close.start()
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self._service.close)
+
+
+def _connection(settings: Settings) -> type[H11Protocol]:
+    class Connection(H11Protocol):
+        """Closes a connection on which no whole request line with its headers arrives in time."""
+
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait_for_request()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_waiting()
+            elif self._deadline is None:
+                self._wait_for_request()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """In the shape of all other errors; uvicorn's own is plain text."""
+            message = (
+                f"This is no HTTP request, or its headers have more than {settings.max_header_bytes:,} bytes."
+            )
+            body = json.dumps(error_body(400, message, code="bad_request")).encode()
+            headers = {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                "Connection": "close",
+            }
+            headers |= SECURITY_HEADERS
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                response = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
+                for part in (response, h11.Data(data=body), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(part))
+            self.transport.close()
+
+        def _wait_for_request(self) -> None:
+            self._deadline = self.loop.call_later(settings.header_seconds, self.transport.close)
+
+        def _stop_waiting(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return Connection
