@@ -267,13 +267,15 @@ class OneDnnInt8(Packed):
 class AtenInt8(Packed):
     """int8 rows for torch's bfloat16 product, which needs no special instructions; one scale a row."""
 
+    FEW = 32  # above, widening the weight once costs less: 58 ms for 13696 x 4096 on two cores, 1.5 ms a row here
+
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         self.out_features = len(weight)
         self.weight, self.scale = weight.contiguous(), scale.float()
         self.ones = torch.ones(len(weight), dtype=torch.bfloat16)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) <= 4:
+        if len(x) <= self.FEW:
             # The scale stays outside, where it is not rounded to bfloat16.
             y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.ones)
         else:
