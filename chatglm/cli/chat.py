@@ -14,13 +14,13 @@ from chatglm.find import MODEL_HELP
 
 BANNER = "/help lists the commands; Ctrl-C stops an answer, stop or Ctrl-D leaves."
 HELP = """\
-clear, /clear   forget what was said
-stop, /stop     leave, as Ctrl-D does; Ctrl-C stops an answer
-/retry          another answer to the last question
-/system         show the system prompt; /system TEXT sets it, /system - removes it
-/save FILE      write the conversation to a JSON file; /save! FILE overwrites one
-/load FILE      go on with a conversation that was saved
-//TEXT          send /TEXT to the model
+clear, /clear  forget what was said
+stop, /stop    leave, as Ctrl-D does; Ctrl-C stops an answer
+/retry         another answer to the last question
+/system TEXT   set the system prompt; /system shows it, /system - removes it
+/save FILE     write the conversation as JSON; /save! FILE overwrites a file
+/load FILE     go on with a conversation that was saved
+//TEXT         send /TEXT to the model
 Alt-Enter types a line break; pasted text of several lines is one message."""
 
 

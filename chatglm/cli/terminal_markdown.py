@@ -25,6 +25,7 @@ from rich.theme import Theme
 from chatglm.cli.terminal import printable
 
 REDRAWS = 12  # a second, at most
+PATIENCE = 10  # drawing waits so many times as long as it took: a model on the CPU needs the time more
 # Only colours of the terminal's own palette and no backgrounds: they fit light and dark ones.
 THEME = Theme(
     {
@@ -60,10 +61,11 @@ class MarkdownStream:
         self.console = console
         self.text = ""  # of the last block, which may still change
         self.nothing_printed = True
-        self._last_split = 0.0
+        self._split_after = 0.0
+        self._drawn_text = ""
         self._drawn: Segments | Text = Text("…", style="dim")
         self._redraw_after = 0.0
-        self._live = Live(
+        self.live = Live(
             get_renderable=self._draw,
             console=console,
             refresh_per_second=REDRAWS,
@@ -73,43 +75,43 @@ class MarkdownStream:
         )
 
     def __enter__(self) -> MarkdownStream:
-        self._live.start()
+        self.live.start()
         return self
 
     def write(self, text: str) -> None:
         self.text += text
-        now = time.monotonic()
-        if "\n" in text and now - self._last_split > 1 / REDRAWS:
-            self._last_split = now
+        started = time.monotonic()
+        if "\n" in text and started >= self._split_after:
             self._print_finished()
+            self._split_after = time.monotonic() + max(1 / REDRAWS, PATIENCE * (time.monotonic() - started))
 
     def __exit__(self, *exception: Any) -> None:
-        self._live.stop()
-        for block in split_blocks(self.text):
-            self._print(block)
+        self.live.stop()
+        self._print(self.text)
 
     def _print_finished(self) -> None:
         *finished, last = split_blocks(self.text) or [""]
         if finished:
-            self.text = last  # before printing, which draws what is left under it
-            for block in finished:
-                self._print(block)
+            self.text = last
+            self.live.refresh()  # printing draws the last picture again under it: it must not have these blocks
+            self._print("".join(finished))
 
-    def _print(self, block: str) -> None:
-        lines = render(self.console, block)
-        if lines:
-            self.console.print(_segments(lines if self.nothing_printed else [[], *lines]), end="")
-            self.nothing_printed = False
+    def _print(self, text: str) -> None:
+        lines = self._under_what_is_printed(render(self.console, text))
+        self.console.print(_segments(lines), end="")
+        self.nothing_printed = self.nothing_printed and not lines
+
+    def _under_what_is_printed(self, lines: list[list[Segment]]) -> list[list[Segment]]:
+        return [[], *lines] if lines and not self.nothing_printed else lines
 
     def _draw(self) -> Segments | Text:
-        """The end of the last block, as much as fits; drawing takes a tenth of the time at most."""
-        started = time.monotonic()
-        if self.text and started >= self._redraw_after:
-            lines = render(self.console, self.text)
-            if not self.nothing_printed:
-                lines = [[], *lines]
+        """The end of the last block, as much as fits."""
+        started, text = time.monotonic(), self.text
+        if text and (started >= self._redraw_after or not text.startswith(self._drawn_text)):
+            lines = self._under_what_is_printed(render(self.console, text))
+            self._drawn_text = text
             self._drawn = _segments(lines[-max(1, self.console.height - 1) :])
-            self._redraw_after = started + 10 * (time.monotonic() - started)
+            self._redraw_after = time.monotonic() + PATIENCE * (time.monotonic() - started)
         return self._drawn
 
 
@@ -129,17 +131,20 @@ def split_blocks(text: str) -> list[str]:
 
 
 def render(console: Console, text: str) -> list[list[Segment]]:
-    """Lines of segments, as wide as the console, without blank ones at either end or blanks at their ends."""
-    rendered = console.render_lines(ChatMarkdown(text), pad=False)
-    lines = [_stripped(line) for line in rendered]
-    while lines and not lines[0]:
-        del lines[0]
-    while lines and not lines[-1]:
-        del lines[-1]
+    """Lines of segments, as wide as the console: the blocks with one blank line between them."""
+    lines: list[list[Segment]] = []
+    for block in split_blocks(text):
+        rendered = [_stripped(line) for line in console.render_lines(ChatMarkdown(block), pad=False)]
+        while rendered and not rendered[0]:
+            del rendered[0]
+        while rendered and not rendered[-1]:
+            del rendered[-1]
+        lines += [[], *rendered] if lines else rendered
     return lines
 
 
 def _stripped(line: list[Segment]) -> list[Segment]:
+    """The line without blanks at its end."""
     # Markdown can spell characters ("&#27;", "%1B" in an address): printable() comes last.
     line = [Segment(printable(text), style) for text, style, control in line if not control]
     while line and not line[-1].text.rstrip():
@@ -168,6 +173,16 @@ class Heading(markdown.Heading):
         yield self.text
 
 
+class Table(markdown.TableElement):
+    """Narrow columns go on in the next line; nothing is cut off."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            for column in table.columns:
+                column.overflow = "fold"
+            yield table
+
+
 class CodeBlock(markdown.CodeBlock):
     """Between its fences and without a margin, so that it can be copied as it is."""
 
@@ -192,6 +207,7 @@ class ChatMarkdown(markdown.Markdown):
         "heading_open": Heading,
         "fence": CodeBlock,
         "code_block": CodeBlock,
+        "table_open": Table,
     }
 
     def __init__(self, text: str) -> None:
