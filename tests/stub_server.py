@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -109,10 +110,18 @@ def raw_stream(
     return reply
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *arguments: Any) -> None:
+        """Clients that go away are what is tested; everything else is printed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*arguments)
+
+
 @contextmanager
 def stub_server() -> Iterator[Stub]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("StubHandler", (Handler,), {}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("StubHandler", (Handler,), {}))
     stub = Stub(f"http://127.0.0.1:{server.server_port}")
     server.RequestHandlerClass.stub = stub  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import closing
 from typing import Any
 
 from chatglm.cli.backends import add_backend_options, open_backend
@@ -38,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     question = read_question(" ".join(arguments.question))
-    with quiet_pipe():
-        conversation = Conversation(open_backend(arguments))
+    with quiet_pipe(), closing(open_backend(arguments)) as backend:
+        conversation = Conversation(backend)
         conversation.set_system(arguments.system)
         if arguments.json:
             print(json.dumps(answer_facts(conversation, question), ensure_ascii=False, indent=2), flush=True)

@@ -53,6 +53,9 @@ class Backend(Protocol):
     def clear(self) -> None:
         """Frees what is kept of the conversation so far."""
 
+    def close(self) -> None:
+        """Gives back what is held; there are no answers after that."""
+
 
 # ---- from options to a backend
 
@@ -182,6 +185,9 @@ class LoadedModel:
     def clear(self) -> None:
         self.prompt_cache.clear()
 
+    def close(self) -> None:
+        self.clear()
+
     def _pieces(self, messages: list[Message], answer: Answer) -> Generator[str, None, None]:
         from chatglm.hub.tokenization_chatglm import split_messages
 
@@ -262,6 +268,9 @@ class ServedModel:
 
     def clear(self) -> None:
         """The server keeps nothing of a conversation that could be told to go."""
+
+    def close(self) -> None:
+        self.client.close()
 
     def _pieces(self, messages: list[Message], answer: Answer) -> Generator[str, None, None]:
         from chatglm.client import PromptTooLong

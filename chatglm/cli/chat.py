@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 from chatglm.cli.backends import add_backend_options, open_backend
@@ -37,11 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
     screen = open_screen(interactive, plain=arguments.plain or not interactive)
     if interactive and not arguments.url:
         screen.tell(f"Loading {arguments.model or 'demo'} ...")
-    with quiet_pipe():
-        conversation = Conversation(open_backend(arguments))
+    with quiet_pipe(), closing(open_backend(arguments)) as backend:
+        conversation = Conversation(backend)
         conversation.set_system(arguments.system)
         if interactive:
-            screen.tell(f"{conversation.backend.description}.\n{BANNER}")
+            screen.tell(f"{backend.description}.\n{BANNER}")
             converse(conversation, typed_messages(COMPLETIONS), screen, keep_going=True)
         else:
             converse(conversation, piped_messages(), screen)
