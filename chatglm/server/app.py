@@ -12,6 +12,7 @@ from chatglm import __version__
 from chatglm.server import openai_routes, published_routes, status_routes
 from chatglm.server.errors import add_error_handlers
 from chatglm.server.guard import Guard, Observer
+from chatglm.server.schemas import ErrorBody
 from chatglm.server.service import Loader, Service
 from chatglm.server.settings import Settings
 
@@ -42,6 +43,10 @@ def create_app(load: Loader, settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own page fetches its scripts from another site
         redoc_url=None,
+        responses={
+            "4XX": {"model": ErrorBody, "description": "Refused, with a sentence that says why."},
+            "5XX": {"model": ErrorBody, "description": "Loading, shutting down, or a failure."},
+        },
     )
     app.state.service = service
     for routes in (openai_routes, published_routes, status_routes):

@@ -114,9 +114,7 @@ def _path(error: Mapping[str, Any], body: Any) -> list[Any]:
     path: list[Any] = []
     place, steps = body, error["loc"][1:]
     for i, step in enumerate(steps):
-        if isinstance(place, Mapping) and (
-            step in place or (error["type"] == "missing" and i == len(steps) - 1)
-        ):
+        if isinstance(place, Mapping) and (step in place or i == 0 or _is_missing(error, i)):
             place = place.get(step)
         elif isinstance(place, list) and isinstance(step, int) and step < len(place):
             place = place[step]
@@ -124,6 +122,10 @@ def _path(error: Mapping[str, Any], body: Any) -> list[Any]:
             continue
         path.append(step)
     return path
+
+
+def _is_missing(error: Mapping[str, Any], step: int) -> bool:
+    return error["type"] == "missing" and step == len(error["loc"]) - 2
 
 
 def shown(value: Any) -> str:

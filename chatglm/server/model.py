@@ -35,10 +35,11 @@ class Model:
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, as `chat` encodes them; ValueError where it is none."""
-        from chatglm.hub.tokenization_chatglm import check_query, split_messages
+        from chatglm.hub.tokenization_chatglm import split_messages
 
         history, query, _ = split_messages(as_turns(messages))
-        check_query(query)
+        if not query.strip():
+            raise ValueError("The last message is empty; write what the model shall answer.")
         return self.tokenizer.encode_chat(query, history)
 
     def text_prompt(self, text: str) -> list[int]:

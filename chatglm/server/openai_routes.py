@@ -19,14 +19,14 @@ from chatglm.server.asking import ask_chat, ask_completions, check_model, embedd
 from chatglm.server.errors import INTERNAL, error_body
 from chatglm.server.model import Model
 from chatglm.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
-from chatglm.server.service import JsonRoute, Service, TheModel, TheService
+from chatglm.server.service import STREAM, JsonRoute, Service, TheModel, TheService
 from chatglm.server.shapes import ChatShape, CompletionShape, Shape
 
 logger = logging.getLogger("chatglm.server")
 router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["OpenAI"])
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=STREAM)
 async def chat_completions(
     body: ChatRequest, request: Request, service: TheService, model: TheModel
 ) -> Response:
@@ -37,7 +37,7 @@ async def chat_completions(
     return await _answer(ChatShape(body, model, answers), request, service)
 
 
-@router.post("/completions")
+@router.post("/completions", responses=STREAM)
 async def completions(
     body: CompletionRequest, request: Request, service: TheService, model: TheModel
 ) -> Response:

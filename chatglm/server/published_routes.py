@@ -10,13 +10,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
 
 from chatglm.server.answers import KEEP_ALIVE, EventStream, Running, event
 from chatglm.server.asking import ask_published
 from chatglm.server.errors import INTERNAL, error_body
 from chatglm.server.model import Model
 from chatglm.server.schemas import PublishedRequest
-from chatglm.server.service import JsonRoute, Service, TheModel, TheService
+from chatglm.server.service import STREAM, JsonRoute, Service, TheModel, TheService
 
 logger = logging.getLogger("chatglm.server")
 router = APIRouter(route_class=JsonRoute, tags=["Published API"])
@@ -32,7 +33,7 @@ async def answer(
     return _finished(body, running)
 
 
-@router.post("/stream", response_class=EventStream)
+@router.post("/stream", response_class=StreamingResponse, responses=STREAM)
 async def stream(body: PublishedRequest, service: TheService, model: TheModel) -> EventStream:
     """The same in pieces: every event has the response so far, the last one the history too."""
     running = await _start(body, service, model)

@@ -40,6 +40,14 @@ def serve(
     if the port is taken.
     """
     listener = listen(host, port)
+    server = make_server(load, settings, lambda: listening(url_of(host, listener)))
+    server.run(sockets=[listener])
+    if server.service.failure is not None:
+        raise server.service.failure
+
+
+def make_server(load: Loader, settings: Settings, listening: Callable[[], None] = lambda: None) -> Server:
+    """The application in uvicorn, with the bounds of the settings on connections and headers."""
     app = create_app(load, settings)
     config = uvicorn.Config(
         app,
@@ -54,22 +62,21 @@ def serve(
         h11_max_incomplete_event_size=settings.max_header_bytes,
         timeout_graceful_shutdown=round(settings.patience) + 5,
     )
-    server = Server(config, app.state.service, lambda: listening(url_of(host, listener)))
-    server.run(sockets=[listener])
-    if app.state.service.failure is not None:
-        raise app.state.service.failure
+    return Server(config, app.state.service, listening)
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; OSError with a sentence if there can be none."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
     except socket.gaierror:
         raise OSError(f"There is no address {host!r} on this machine; give another --host.") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
     except OSError as error:
+        listener.close()
         raise OSError(
             f"Port {port} of {host} cannot be used ({error.strerror}); give another --port."
         ) from None
@@ -88,27 +95,30 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, listening: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service, self._listening = service, listening
+        self.service, self._listening = service, listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._listening()
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._service.failure is not None
+        return await super().on_tick(counter) or self.service.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        running = self._service.model.engine.statistics().running if self._service.model else 0
-        if running:
-            patience = self._service.settings.patience
-            logger.warning("%d answers have %g seconds to end; Ctrl-C ends them now.", running, patience)
+        patience, answers = self.service.settings.patience, self.service.answers()
+        if answers:
+            logger.warning(
+                "Open answers: %d. They have %g seconds to end; Ctrl-C ends them now.", answers, patience
+            )
         # From now on the engine refuses new requests; connections that are open go on until their answers end.
-        close = threading.Thread(
-            target=self._service.close, args=(self._service.settings.patience,), daemon=True
-        )
+        close = threading.Thread(target=self.service.close, args=(patience,), daemon=True)
         close.start()
         await super().shutdown(sockets)
-        await asyncio.to_thread(self._service.close)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # whoever has not taken the end of an answer by now
+        await asyncio.to_thread(self.service.close)
+        if self.server_state.tasks:  # at a second Ctrl-C: they see now that nobody waits
+            await asyncio.wait(self.server_state.tasks, timeout=2)
 
 
 def _connection(settings: Settings) -> type[H11Protocol]:

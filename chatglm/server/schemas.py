@@ -299,3 +299,18 @@ class LoadRequest(Body):
     """What `transformers chat` asks before it begins."""
 
     model: str = Field(max_length=500)
+
+
+class Error(BaseModel):
+    """Why a request was refused."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="The field that it is about.")
+    code: str | None = Field(description="A word for programs.")
+
+
+class ErrorBody(BaseModel):
+    """The shape of every error."""
+
+    error: Error

@@ -17,6 +17,9 @@ from chatglm.server.metrics import Metrics
 from chatglm.server.model import Model
 from chatglm.server.settings import Settings
 
+# For the OpenAPI description: routes that answer with server-sent events, always or if asked.
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
 Loader = Callable[[], Model]
 
 
@@ -46,6 +49,11 @@ class Service:
         """Takes no more requests; running answers have `patience` seconds to end."""
         if self.model is not None:
             self.model.engine.close(patience)
+
+    def answers(self) -> int:
+        """How many answers run or wait."""
+        statistics = self.model.engine.statistics() if self.model else None
+        return statistics.running + statistics.waiting if statistics else 0
 
     def loaded(self) -> Model:
         """The model; raises ApiError while there is none."""

@@ -18,7 +18,7 @@ from chatglm.server.asking import check_model
 from chatglm.server.docs_page import docs_page
 from chatglm.server.errors import ApiError
 from chatglm.server.schemas import LoadRequest
-from chatglm.server.service import JsonRoute, TheModel, TheService
+from chatglm.server.service import STREAM, JsonRoute, TheModel, TheService
 
 router = APIRouter(route_class=JsonRoute, tags=["Server"])
 
@@ -71,7 +71,7 @@ async def docs(request: Request) -> HTMLResponse:
     return HTMLResponse(docs_page(request.app.openapi(), str(request.base_url).rstrip("/")))
 
 
-@router.post("/load_model", response_class=StreamingResponse)
+@router.post("/load_model", response_class=StreamingResponse, responses=STREAM)
 async def load_model(body: LoadRequest, service: TheService, model: TheModel) -> StreamingResponse:
     """What `transformers chat` asks before it begins: whether the model is there. Nothing is loaded."""
     check_model(body.model, model, service.settings)
