@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
+import subprocess
+import sys
+import threading
 import unicodedata
+from pathlib import Path
 
 import pytest
+import stub_server
 from rich.console import Console
 
 from chatglm.cli.terminal import MarkdownScreen
 from chatglm.cli.terminal_markdown import THEME, MarkdownStream, render, split_blocks
 
+ROOT = Path(__file__).resolve().parents[1]
 # What Live writes besides text: colours, cursor to the column or lines up, erase a line, cursor shown or not.
 HARMLESS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\d*A|\x1b\[2K|\x1b\[\?25[lh]|\r")
 
@@ -210,3 +217,57 @@ def test_a_narrow_terminal_cuts_nothing_off():
         letters.count(char) == text.count(char) for char in "算法名称快速排序超长的中文句子没有空格defghijy"
     )
     assert max(len(line) for line in shown(text, width=12).splitlines()) <= 12
+
+
+# ---- the whole program at a terminal
+
+
+def at_a_terminal(*arguments: str, **environment: str) -> str:
+    """Runs `chatglm chat` with a stub server at a terminal of its own; returns all that was written to it."""
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    terminal, child = pty.openpty()
+    settings = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "PROMPT_TOOLKIT_NO_CPR": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    with stub_server.stub_server() as stub:
+        stub.reply = stub_server.stream("**Hello**\n", "\n```python\n", "print(1)\n```\n")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "chatglm", "chat", "--url", stub.url, *arguments],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=inherited | settings | environment,
+            start_new_session=True,
+        )
+        os.close(child)
+        alarm = threading.Timer(60, process.kill)  # so that a program that hangs fails the test
+        alarm.start()
+        output = b""
+        try:
+            while data := os.read(terminal, 65536):
+                if b"You:" in data and b"You:" not in output:
+                    os.write(terminal, b"hi\rstop\r")
+                output += data
+        except OSError:  # what Linux says when the program has ended
+            pass
+        finally:
+            alarm.cancel()
+            os.close(terminal)
+        assert process.wait() == 0
+    return output.decode()
+
+
+def test_at_a_terminal_answers_are_markdown_in_colours():
+    output = at_a_terminal()
+    assert "\x1b[1mHello" in output
+    assert "**" not in output
+    assert re.search(r"\x1b\[\S*3[0-9;]*mprint|\x1b\[\S*9[0-9;]*mprint", output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})],
+    ids=["--plain", "NO_COLOR", "TERM=dumb"],
+)
+def test_who_wants_plain_text_gets_it(arguments: list[str], environment: dict[str, str]):
+    output = at_a_terminal(*arguments, **environment)
+    assert "ChatGLM: **Hello**\r\n\r\n```python\r\nprint(1)\r\n```\r\n" in output

@@ -125,7 +125,8 @@ def typed_messages(commands: Sequence[str] = ()) -> Iterator[str]:
     )
     while True:
         try:
-            yield session.prompt("\nYou: ")
+            # Ctrl-C is a key here; prompt_toolkit's handler of the signal fails where one comes just after Enter.
+            yield session.prompt("\nYou: ", handle_sigint=False)
         except KeyboardInterrupt:
             continue
         except EOFError:
