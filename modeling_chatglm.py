@@ -35,6 +35,7 @@ from .configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig, check_loade
 from .generation_chatglm import (  # noqa: F401 - old callers import the last one from here
     FiniteScores,
     GrowingCache,
+    Int8Cache,
     InvalidScoreLogitsProcessor,
     decode_steps,
 )
@@ -1218,9 +1219,12 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     ) -> Any:
         """`GenerationMixin.generate`, which stops when scores are no longer finite (FiniteScores).
 
-        For ChatGLM-6B the published four-dimensional masks and two-row positions are taken too.
+        For ChatGLM-6B the published four-dimensional masks and two-row positions are taken too. With
+        `int8_cache=True` keys and values are kept in 8 bits (Int8Cache).
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if kwargs.pop("int8_cache", False):
+            kwargs["past_key_values"] = self._int8_cache(kwargs.get("past_key_values"))
         check_generation_mask(kwargs.get("attention_mask"), ids)
         if self.config.family == CHATGLM:
             self._refuse_chunked_prefill(generation_config, kwargs)
@@ -1301,7 +1305,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         )
         cache = kwargs.get("past_key_values")
         # A filled cache comes with all ids, of which the library takes those that follow.
-        other_cache = type(cache) not in (DynamicCache, GrowingCache) or cache.get_seq_length() > 0
+        known_cache = type(cache) in (DynamicCache, GrowingCache, Int8Cache)
+        other_cache = not known_cache or cache.get_seq_length() > 0
         # PEFT's prefix tuning brings its keys in through this method, which our loop does not call.
         prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
         replaced = prepare is not type(self).prepare_inputs_for_generation
@@ -1320,9 +1325,22 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             return attention_mask.sum(-1, keepdim=True)
         return torch.full((1, 1), cache.get_seq_length(), device=self.device)
 
+    def new_cache(self, int8: bool = False) -> GrowingCache:
+        """An empty cache of the kind that our decoding loop fills."""
+        return (Int8Cache if int8 else GrowingCache)(self.config.num_layers, self.cache_dtype)
+
+    def _int8_cache(self, cache: Cache | None) -> Cache:
+        """`cache`, or a new one; ValueError if it is of another kind."""
+        if cache is not None and not isinstance(cache, Int8Cache):
+            raise ValueError(
+                f"int8_cache is true, but past_key_values is a {type(cache).__name__}; begin with an Int8Cache, or "
+                "leave one of the two out."
+            )
+        return self.new_cache(int8=True) if cache is None else cache
+
     @property
     def cache_dtype(self) -> torch.dtype | None:
-        """What keys and values are kept in, None: as they are computed.
+        """What attention takes keys and values in, None: as they are computed.
 
         Many heads with keys of their own are slow in half precision on CPUs without instructions for it: 512 tokens
         take 4.5 ms a layer of ChatGLM-6B in bfloat16, 0.8 ms in float32 (Zen 3).

@@ -87,6 +87,7 @@ class Sizes:
     embedding_weights: int  # the embedding, and the output layer where it is not the same tensor
     other_weights: int  # norms and biases
     cache_values_per_token: int  # keys and values of all layers
+    cache_heads_per_token: int  # their heads, each of which has a half-precision scale in an int8 cache
 
     @property
     def parameters(self) -> int:
@@ -170,10 +171,12 @@ def sizes_of(config: dict[str, Any]) -> Sizes:
     if family_of(config) == "chatglm":
         vocabulary, embeddings = _number(config, "vocab_size"), 1  # tied to the output layer
         linear, key_values = _chatglm_layer(config, hidden), hidden
+        heads = _number(config, "num_attention_heads")
         biased, norm_size, norms = set(linear), 2 * hidden, 2 * layers + 1
     else:
         vocabulary, embeddings = _number(config, "padded_vocab_size"), 2
         linear, key_values = _chatglm2_layer(config, hidden)
+        heads = key_values // _number(config, "kv_channels")
         biased = set(linear) if config.get("add_bias_linear") else set()
         biased |= {"query_key_value"} if config.get("add_qkv_bias") else set()
         norm_size = hidden if config.get("rmsnorm", True) else 2 * hidden
@@ -186,6 +189,7 @@ def sizes_of(config: dict[str, Any]) -> Sizes:
         embedding_weights=embeddings * vocabulary * hidden,
         other_weights=layers * sum(linear[name][0] for name in biased) + norms * norm_size,
         cache_values_per_token=2 * layers * key_values,
+        cache_heads_per_token=2 * layers * heads,
     )
 
 

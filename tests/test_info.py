@@ -57,10 +57,16 @@ def test_the_cache_is_as_large_as_a_real_one(tiny_folder: Path):
 
 def test_the_memory_of_a_token_is_that_of_a_real_cache(tiny_folder: Path):
     model, tokenizer = chatglm.load(tiny_folder, device="cpu", dtype="float32")
-    cache = model(**model.build_inputs(tokenizer, "你好"), use_cache=True).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // cache.get_seq_length()
+    held = []
+    for cache in (model.new_cache(), model.new_cache(int8=True)):
+        model(**model.build_inputs(tokenizer, "你好"), past_key_values=cache, use_cache=True)
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        held.append(size // cache.get_seq_length())
     text = info.as_text(info.describe(str(tiny_folder)))
-    assert f"  cache       {held // 2:,} bytes a token in 16 bits, {held:,} in float32\n" in text
+    expected = (
+        f"{held[0] // 2:,} bytes a token in 16 bits, {held[0]:,} in float32, {held[1]:,} with int8_cache"
+    )
+    assert f"  cache       {expected}\n" in text
 
 
 def test_a_packed_checkpoint_tells_its_bits_and_one_way_to_load(tiny_v2_folder: Path, tmp_path: Path):

@@ -53,6 +53,7 @@ def describe(name: str, revision: str | None = None) -> dict[str, Any]:
         "vocabulary": sizes.vocab_size,
         "context": config.get("seq_length", config.get("max_sequence_length")),
         "cache_values_per_token": sizes.cache_values_per_token,
+        "int8_cache_bytes_per_token": sizes.cache_values_per_token + 2 * sizes.cache_heads_per_token,
         "packed_bits": bits,
         "file_dtype": _file_dtype(checkpoint),
         "file_sizes": {file.path.name: file.size for file in checkpoint.weights},
@@ -88,7 +89,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("layers", f"{facts['layers']}, hidden size {facts['hidden_size']:,}"),
         ("vocabulary", f"{facts['vocabulary']:,}"),
         ("context", f"{facts['context']:,} tokens" if facts["context"] else "not told"),
-        ("cache", _cache_text(facts["cache_values_per_token"])),
+        ("cache", _cache_text(facts["cache_values_per_token"], facts["int8_cache_bytes_per_token"])),
         ("weights", _weights_text(facts)),
         ("free here", free),
     ]
@@ -111,8 +112,8 @@ def _weights_text(facts: dict[str, Any]) -> str:
     return f"{facts['file_dtype']}{packed}, {readable(sum(files.values()))} in {count}"
 
 
-def _cache_text(values: int) -> str:
-    return f"{2 * values:,} bytes a token in 16 bits, {4 * values:,} in float32"
+def _cache_text(values: int, int8: int) -> str:
+    return f"{2 * values:,} bytes a token in 16 bits, {4 * values:,} in float32, {int8:,} with int8_cache"
 
 
 def _checkpoint(name: str, revision: str | None) -> Checkpoint:
