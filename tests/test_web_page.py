@@ -377,17 +377,44 @@ def test_without_storage_the_page_works_and_says_so(context, network):
     expect(last(page)).to_have_text("You said: first")
 
 
-def test_tabs_see_what_the_others_write(page, context, network):
+def test_tabs_see_what_the_others_write(page, context, engine, network):
     other = context.new_page()
     open_page(other, network)
     talk(page, "from the first tab")
     other.locator("#conversations").get_by_text("from the first tab").click()
     expect(last(other)).to_have_text("You said: from the first tab")
-    talk(other, "from the second tab")
-    expect(last(page)).to_have_text("You said: from the second tab")
+    engine.script["count"] = f"one two{PAUSE} three"
+    ask(other, "count")
+    expect(last(page)).to_have_text("one two")
+    expect(last(page, ".note")).not_to_be_visible()  # it is being answered, though not here
+    expect(page.locator("#send")).to_be_disabled()
+    engine.resume()
+    expect(last(page)).to_have_text("one two three")
+    expect(page.locator("#send")).to_be_enabled()
+
+
+def test_a_network_that_falls_silent_is_a_lost_connection(page, engine):
+    engine.script["count"] = f"one two{PAUSE} three"
+    page.clock.install()
+    ask(page, "count")
+    expect(last(page)).to_have_text("one two")
+    page.clock.fast_forward(61_000)  # the server would have written something every 15 seconds
+    expect(last(page, ".note span")).to_have_text("The connection broke off; what had come is kept.")
+    expect(last(page)).to_have_text("one two")
+    wait_until(page, lambda: engine.answers[-1].cancelled)
 
 
 # ---- what the server refuses
+
+
+def test_a_model_that_is_being_loaded_is_waited_for(page):
+    error = {"error": {"message": "The model is being loaded."}}
+    page.route("**/info", lambda route: route.fulfill(status=503, headers={"Retry-After": "1"}, json=error))
+    page.reload()
+    expect(page.locator("#notice")).to_contain_text("The model is being loaded")
+    page.unroute("**/info")
+    expect(page.locator("#model")).to_contain_text("demo")
+    expect(page.locator("#notice")).not_to_be_visible()
 
 
 def test_a_busy_server_is_told_with_the_time_to_wait(page):

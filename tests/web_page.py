@@ -205,48 +205,32 @@ def browser(profile: Path | None = None) -> Iterator[Browser]:
 
 # ---- the pictures
 
-QUESTION = "What is the difference between a list and a tuple in Python?"
-PICTURED = """Both keep things **in order**. A list can change, a tuple cannot:
-
-| | list | tuple |
-|---|:-:|:-:|
-| written | `[1, 2]` | `(1, 2)` |
-| can change | yes | no |
-| key of a `dict` | no | yes |
-
-```python
-point = (3, 4)          # stays what it is
-path = [point]
-path.append((5, 6))     # grows
-print(len(path), "点")
-```
-
-Take a tuple for one thing with several parts, and a list for several things of one kind."""
-EARLIER = ["晚上睡不着应该怎么办", "Write a haiku about autumn", "12+30=?"]
+EARLIER = ["晚上睡不着应该怎么办", "What is the capital of France?", "12+30=?"]
+PICTURED = ["写一首关于秋天的诗", "Write a for loop in Python"]
 PICTURES = {"desk": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 
 
 def take_pictures(folder: Path) -> None:
-    model = scripted_model(demo_tokenizer())
-    engine = model.engine
-    engine.script |= {QUESTION: PICTURED, "12+30=?": "42", EARLIER[0]: "睡前少看屏幕，喝一杯温水，放慢呼吸。"}
-    engine.seconds_per_token = 0.005
-    with served(lambda: model) as port, browser() as chromium:
+    """A conversation with the demo model, which ships with the package: these are its own answers."""
+    from chatglm.server.model import load_model
+    from chatglm.server.settings import Settings
+
+    with served(lambda: load_model("demo", Settings(), device="cpu")) as port, browser() as chromium:
         for name, viewport in PICTURES.items():
             for scheme in ("light", "dark"):
+                touch = name == "phone"
                 context = chromium.new_context(
-                    viewport=viewport, color_scheme=scheme, locale="en-GB", device_scale_factor=1,
-                    has_touch=name == "phone", is_mobile=name == "phone",
-                )  # fmt: skip
+                    viewport=viewport, color_scheme=scheme, locale="en-GB", has_touch=touch, is_mobile=touch
+                )
                 page = context.new_page()
                 page.goto(f"http://127.0.0.1:{port}/")
-                page.get_by_text("3.2M parameters").wait_for()
+                page.get_by_text("parameters").wait_for()
                 for question in EARLIER:
                     talk(page, question)
                     page.evaluate("document.querySelector('#new').click()")
-                talk(page, QUESTION)
+                for question in PICTURED:
+                    talk(page, question)
                 page.mouse.move(0, 0)
-                page.wait_for_timeout(300)
                 page.screenshot(path=folder / f"web-{name}-{scheme}.png")
                 context.close()
 

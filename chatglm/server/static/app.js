@@ -34,12 +34,14 @@ import * as view from "./view.js";
 const LARGEST_FILE = 50_000_000; // bytes of a file to import
 const LONGEST_WAIT = 30; // seconds between two tries to reach the server
 const COPIED = 1500; // milliseconds for which a button tells that it has copied
+const SILENCE = 10_000; // milliseconds after which another tab that wrote nothing has been closed
 
 const byId = (id) => document.getElementById(id);
 const onClick = (id, action) => byId(id).addEventListener("click", action);
 
 const conversations = new Map(); // id -> conversation, of all with a question
 const running = new Map(); // id -> AbortController, of those that this page has answered at the moment
+const elsewhere = new Map(); // id -> timer, of those that another tab has answered at the moment
 let current = newConversation(); // the one that is shown
 let info = {}; // what the server tells about its model
 let known = false; // whether `info` is still true, as far as we know
@@ -49,8 +51,12 @@ let store;
 
 const field = byId("question");
 
+function busy() {
+  return running.has(current.id) || elsewhere.has(current.id);
+}
+
 function send(question) {
-  if (!question || running.has(current.id)) return false;
+  if (!question || busy()) return false;
   const attempt = ask(current, question);
   if (!conversations.has(current.id)) {
     conversations.set(current.id, current);
@@ -61,7 +67,7 @@ function send(question) {
 }
 
 function sendAgain(question) {
-  if (!running.has(current.id)) run(current, askAgain(current, question));
+  if (!busy()) run(current, askAgain(current, question));
 }
 
 /** Lets the server answer; shows and stores what comes, as it comes. */
@@ -112,11 +118,11 @@ function stop() {
 // ---- what is shown
 
 function draw() {
-  const busy = running.has(current.id);
-  view.drawConversation(current, busy);
+  view.drawConversation(current, busy());
   drawList(conversations.values(), current, running, show);
-  byId("send").hidden = busy;
-  byId("stop").hidden = !busy;
+  byId("send").hidden = running.has(current.id);
+  byId("send").disabled = elsewhere.has(current.id);
+  byId("stop").hidden = !running.has(current.id);
   byId("open-more").hidden = current.turns.length === 0;
   const title = current.title || text("newConversation");
   byId("title").textContent = title;
@@ -131,8 +137,7 @@ let frame = 0;
 function drawSoon() {
   frame ||= requestAnimationFrame(() => {
     frame = 0;
-    const busy = running.has(current.id);
-    if (current.turns.length) view.drawTurn(current.turns.at(-1), { last: true, running: busy });
+    if (current.turns.length) view.drawTurn(current.turns.at(-1), { last: true, running: busy() });
   });
 }
 
@@ -185,7 +190,7 @@ async function connect() {
       if (refusal.kind === "key") return; // is asked for again with the first question
       view.notify(whyNot(refusal));
       told = true;
-      await new Promise((resolve) => setTimeout(resolve, 1000 * (refusal.wait ?? wait)));
+      await new Promise((resolve) => setTimeout(resolve, 1000 * Math.max(1, refusal.wait ?? wait)));
     }
   }
   if (told) view.notify("");
@@ -382,6 +387,11 @@ document.addEventListener("visibilitychange", () => document.hidden && store.flu
 async function refresh(id) {
   if (running.has(id)) return; // this page knows better
   const conversation = await store.one(id);
+  clearTimeout(elsewhere.get(id));
+  elsewhere.delete(id);
+  if (conversation && chosen(conversation.turns.at(-1)).state === "running") {
+    elsewhere.set(id, setTimeout(() => elsewhere.delete(id) && draw(), SILENCE));
+  }
   if (conversation) conversations.set(id, conversation);
   else conversations.delete(id);
   if (id === current.id) current = conversation ?? newConversation();

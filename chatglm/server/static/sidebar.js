@@ -55,6 +55,7 @@ export function closeDrawer() {
 function setDrawer(open) {
   document.body.classList.toggle("drawer-open", open);
   document.querySelector("main").inert = open;
+  byId("open-drawer").setAttribute("aria-expanded", String(open));
 }
 
 byId("open-drawer").addEventListener("click", openDrawer);
