@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,7 +130,13 @@ def test_langchain_invokes_and_streams(server: LiveServer):
     assert message.response_metadata["finish_reason"] == "stop"
     pieces = list(chat.stream("hello"))
     assert "".join(piece.content for piece in pieces) == HELLO
-    assert asyncio.run(chat.ainvoke("hello")).content == HELLO
+
+    async def answer() -> str:
+        message = await chat.ainvoke("hello")
+        await chat.root_async_client.close()
+        return message.content
+
+    assert asyncio.run(answer()) == HELLO
 
 
 def test_langchain_embeds(server: LiveServer):
@@ -174,6 +182,54 @@ def test_curl_as_the_published_readme_has_it(server: LiveServer):
 
 def test_curl_gives_its_key_as_a_browser_does(server: LiveServer):
     assert "chat/completions" in curl("--user", f"anybody:{KEY}", f"{server.url}/docs")
+
+
+# ---- the examples of docs/serving.md
+
+GUIDE = (Path(__file__).resolve().parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+CURLS = [
+    line
+    for kind, text in BLOCKS
+    if kind == "bash"
+    for line in text.replace("\\\n", " ").splitlines()
+    if "curl" in line
+]
+EXAMPLES = [text for kind, text in BLOCKS if kind == "python"]
+
+
+@pytest.fixture(scope="module")
+def open_server():
+    with live_server() as running:
+        yield running
+
+
+@pytest.mark.parametrize("command", CURLS, ids=lambda command: command.split("8000")[1][:24])
+def test_every_curl_of_the_guide_works(open_server: LiveServer, command):
+    _, *arguments = shlex.split(command.replace("http://127.0.0.1:8000", open_server.url))
+    out = curl("--fail", *arguments)
+    assert out
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["openai", "application"])
+def test_every_python_example_of_the_guide_runs(open_server: LiveServer, example, capsys):
+    pytest.importorskip("openai")
+    exec(compile(example.replace("http://127.0.0.1:8000", open_server.url), "docs/serving.md", "exec"), {})
+    assert bool(capsys.readouterr().out) == ("print" in example)
+
+
+def test_the_guide_names_every_field_and_every_metric(open_server: LiveServer):
+    schemas = open_server.get("/openapi.json").json()["components"]["schemas"]
+    asked = ("ChatRequest", "CompletionRequest", "EmbeddingRequest", "PublishedRequest")
+    fields = {field for name in asked for field in schemas[name]["properties"]}
+    assert {field for field in fields if f"`{field}`" not in GUIDE} == set()
+    metrics = set(
+        re.findall(
+            r"^# TYPE (chatglm_\w+) (?:counter|gauge|histogram)", open_server.get("/metrics").text, re.M
+        )
+    )
+    metrics = {name for name in metrics if not name.endswith("_created")}
+    assert {name for name in metrics if f"`{name}" not in GUIDE} == set()
 
 
 # ---- transformers chat

@@ -32,7 +32,7 @@ def docs_page(openapi: dict[str, Any], url: str) -> str:
     parts = "".join(_route(openapi, url, *route) for route in routes)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(openapi["info"]["title"])}</title>'
-        '<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/static/docs.css">'
+        '<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="static/docs.css">'
         f"<h1>{escape(openapi['info']['title'])}</h1><p>{escape(INTRODUCTION)}</p>{parts}</html>\n"
     )
 

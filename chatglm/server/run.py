@@ -114,11 +114,14 @@ class Server(uvicorn.Server):
         close = threading.Thread(target=self.service.close, args=(patience,), daemon=True)
         close.start()
         await super().shutdown(sockets)
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()  # whoever has not taken the end of an answer by now
+        # Nothing is left to do by now, unless Ctrl-C came again, or somebody does not take the end of an answer.
         await asyncio.to_thread(self.service.close)
-        if self.server_state.tasks:  # at a second Ctrl-C: they see now that nobody waits
+        if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=2)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        if self.force_exit:
+            await self.lifespan.shutdown()
 
 
 def _connection(settings: Settings) -> type[H11Protocol]:
