@@ -220,11 +220,15 @@ def take_pictures(folder: Path) -> None:
             for scheme in ("light", "dark"):
                 touch = name == "phone"
                 context = chromium.new_context(
-                    viewport=viewport, color_scheme=scheme, locale="en-GB", has_touch=touch, is_mobile=touch
+                    viewport=viewport,
+                    color_scheme=scheme,
+                    locale="zh-CN" if touch else "en-GB",
+                    has_touch=touch,
+                    is_mobile=touch,
                 )
                 page = context.new_page()
                 page.goto(f"http://127.0.0.1:{port}/")
-                page.get_by_text("parameters").wait_for()
+                page.locator("#model", has_text="demo").wait_for()
                 for question in EARLIER:
                     talk(page, question)
                     page.evaluate("document.querySelector('#new').click()")

@@ -97,7 +97,8 @@ async function answerOrTellWhy(conversation, attempt, signal, changed) {
       return await answer(conversation, attempt, info, signal, changed);
     } catch (refusal) {
       if (refusal.kind === "key" && (await unlock())) continue;
-      attempt.state = refusal.kind === "key" ? "refused" : refusal.kind;
+      if (!refusal.kind) console.error(refusal); // a mistake of ours; the answer must not seem to go on
+      attempt.state = { key: "refused", undefined: "lost" }[refusal.kind] ?? refusal.kind;
       attempt.message = refusal.message;
       return undefined;
     }
