@@ -260,7 +260,7 @@ def test_retry_asks_a_question_that_failed():
 def test_a_system_prompt_is_shown_set_and_removed(capsys: pytest.CaptureFixture[str]):
     model = Echo()
     talk = talk_with(model)
-    converse(talk, ["/system", "/system Be kind. ", "hi", "/system -", "hi"], SCREEN)
+    converse(talk, ["/system", "/system\n Be kind. ", "hi", "/system -", "hi"], SCREEN)
     none = "There is no system prompt.\n"
     assert capsys.readouterr().err == f"{none}System prompt: Be kind.\n{none}"
     assert [call["query"] for call in model.calls] == ["Be kind.hi", "hi"]
@@ -273,13 +273,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     assert all(name in shown for name in [*COMMANDS, "clear", "stop", "//"] if name != "/help")
 
 
-@pytest.mark.parametrize("message", ["/nothing", "/Save file", "/", "/usr/bin is what?", "/* a comment */"])
+@pytest.mark.parametrize("message", ["/nothing", "/Save file", "/", "/usr/bin is what?", "/*\na comment */"])
 def test_an_unknown_command_is_told_and_not_sent(message: str, capsys: pytest.CaptureFixture[str]):
     model = Echo()
     converse(talk_with(model), [message], SCREEN, keep_going=True)
-    assert capsys.readouterr().err.startswith(
-        f"There is no command {message.split(' ')[0]}; /help lists them"
-    )
+    assert capsys.readouterr().err.startswith(f"There is no command {message.split()[0]}; /help lists them")
     assert model.calls == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -78,19 +78,20 @@ def take(conversation: Conversation, message: str, screen: Screen) -> None:
     elif text.startswith("//"):
         reply(conversation, conversation.ask(text[1:]), screen)
     elif text.startswith("/"):
-        name, _, rest = text.partition(" ")
+        name, *rest = text.split(maxsplit=1)
         if name not in COMMANDS:
             raise ValueError(
                 f"There is no command {name}; /help lists them, and /{name} sends it as a message."
             )
-        COMMANDS[name](conversation, rest.strip(), screen)
+        COMMANDS[name](conversation, "".join(rest), screen)
     elif text:
         reply(conversation, conversation.ask(message), screen)
 
 
-def reply(conversation: Conversation, pieces: Iterator[str], screen: Screen) -> None:
+def reply(conversation: Conversation, pieces: Generator[str, None, None], screen: Screen) -> None:
     """Shows one answer, and says so where the model did not read the oldest rounds."""
-    screen.show(pieces)
+    with closing(pieces):  # Ctrl-C while something is printed stops the model too, at once
+        screen.show(pieces)
     left_out = conversation.last_answer.left_out
     if left_out:
         rounds = f"{left_out} rounds" if left_out > 1 else "round"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ class Conversation:
         self.last_answer = Answer()
         self._unread = 0  # messages at the beginning for which the model has no room any more
 
-    def ask(self, query: str) -> Iterator[str]:
+    def ask(self, query: str) -> Generator[str, None, None]:
         """Yields the answer to `query` in pieces; both belong to the conversation from then on."""
         check_text(query)
         self._drop_unanswered()
         self.messages.append({"role": "user", "content": query})
         return self._answer()
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Generator[str, None, None]:
         """Yields another answer to the last question, in place of the one it had."""
         if not self.messages:
             raise ValueError("There is no question yet that could be asked again.")
@@ -70,7 +70,7 @@ class Conversation:
         self.system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         self.messages = messages
 
-    def _answer(self) -> Iterator[str]:
+    def _answer(self) -> Generator[str, None, None]:
         asked = len(self.messages)
         self.last_answer = self.backend.answer(self._all_messages(self.messages[self._unread :]))
         said = ""
