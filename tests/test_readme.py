@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,8 +23,10 @@ from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ADDRESS = "http://127.0.0.1:8000"  # of the server in the READMEs; here it takes a port that is free
 EXPLAINED_ELSEWHERE = {
     "pip install .": "tests/test_packaging.py installs the built wheel",
+    "pip install '.[server]'": "the environment of the tests has the same packages",
     "chatglm download THUDM/chatglm2-6b --to chatglm2-6b": "tests/test_download.py has a Hub of its own",
 }
 
@@ -62,8 +69,53 @@ def run(command: list[str], place: Path, text: str = "") -> subprocess.Completed
     )
 
 
+@contextmanager
+def serving(command: list[str], place: Path) -> Iterator[str]:
+    """Runs a command that serves until the end of the block; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "BROWSER": "true"}  # "true" opens nothing
+    command = [*command, "--port", str(port)]
+    server = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=place, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        end = time.monotonic() + 120
+        while not healthy(port):
+            assert server.poll() is None and time.monotonic() < end, server.stderr.read()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        _, errors = server.communicate(timeout=60)
+    assert "Traceback" not in errors
+
+
+def healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def address(place: Path) -> Iterator[str]:
+    """Where the demo model is served."""
+    pytest.importorskip("uvicorn", reason="the server needs its extra: pip install 'chatglm[server]'")
+    with serving(["chatglm", "serve"], place) as url:
+        yield url
+
+
 @pytest.mark.parametrize("example", examples(), ids=lambda text: text.splitlines()[-1].strip())
-def test_python_example_runs_unchanged(place, example):
+def test_python_example_runs_unchanged(place, example, request):
+    if ADDRESS in example:
+        pytest.importorskip("openai", reason="the example needs OpenAI's client")
+        example = example.replace(ADDRESS, request.getfixturevalue("address"))
     if "trust_remote_code=True" in example:
         assert "import chatglm" not in example
     result = run([sys.executable, "-c", example], place)
@@ -72,9 +124,15 @@ def test_python_example_runs_unchanged(place, example):
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command_runs(place, command):
+def test_command_runs(place, command, request):
     if command in EXPLAINED_ELSEWHERE:
         pytest.skip(EXPLAINED_ELSEWHERE[command])
+    if command.startswith(("chatglm serve", "chatglm web")):
+        pytest.importorskip("uvicorn", reason="the server needs its extra: pip install 'chatglm[server]'")
+        with serving(shlex.split(command), place):
+            return
+    if ADDRESS in command:
+        command = command.replace(ADDRESS, request.getfixturevalue("address"))
     if command.startswith("make "):
         # The environment that make would build is the one that runs this test.
         assert run(["make", "--dry-run", *shlex.split(command)[1:]], ROOT).returncode == 0
@@ -90,9 +148,14 @@ def test_both_readmes_show_the_same_commands_and_examples():
     assert blocks("README_zh.md") == blocks("README.md")
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
-def test_links_lead_somewhere(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    targets = [t for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t]
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+PAGES = ["README.md", "README_zh.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_pictures_lead_somewhere(name):
+    page = ROOT / name
+    text = re.sub(r"^````?.*?^````?$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = re.findall(r"\]\(([^)#]+)[^)]*\)|<img src=\"([^\"]+)\"", text)
+    targets = [target for pair in found for target in pair if target and "://" not in target]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+    assert targets or "README" not in name
