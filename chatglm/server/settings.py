@@ -22,7 +22,7 @@ class Settings:
     # What a connection may bring
     max_connections: int = 256
     max_header_bytes: int = 32_768  # request line and headers
-    max_body_bytes: int = 2_000_000  # some ten times the longest prompt of the models
+    max_body_bytes: int = 1_000_000  # some three times the longest prompt that a model reads
     header_seconds: float = 10.0  # until the headers are there
     body_seconds: float = 30.0  # until the body is there
     send_seconds: float = 60.0  # until a client has taken a part of its answer

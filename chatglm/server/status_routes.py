@@ -36,7 +36,9 @@ MEDIA_TYPES = {
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 @router.get("/v1/health", include_in_schema=False)
+@router.head("/v1/health", include_in_schema=False)
 async def health(service: TheService) -> JSONResponse:
     """200 when requests are answered, 503 while the model is loading. Needs no key."""
     status = "ok" if service.model else "failed" if service.failure else "loading"
