@@ -311,7 +311,11 @@ def test_several_conversations_or_beams_are_refused(talk):
         talk.chat("a", num_beams=3, prompt_cache=PromptCache())
 
 
-@pytest.mark.parametrize("option", [{"prompt_cache": PromptCache()}, {"max_history_tokens": 9}], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [{"prompt_cache": PromptCache()}, {"max_history_tokens": 9}],
+    ids=lambda option: next(iter(option)),
+)
 def test_the_published_way_to_continue_stands_alone(talk2, option):
     with pytest.raises(ValueError, match="leave out the ones or the others"):
         next(talk2.stream("a", return_past_key_values=True, **option))
