@@ -633,6 +633,15 @@ def test_unknown_routes_and_methods_are_refused_in_the_same_shape(server: LiveSe
     assert server.get(CHAT).headers["allow"] == "POST"
 
 
+def test_the_page_is_there_by_get_and_names_only_files_that_are_there(server: LiveServer):
+    response = server.get("/", headers={"Accept": "text/html"})
+    assert response.status_code == 200 and response.headers["content-type"] == "text/html; charset=utf-8"
+    names = re.findall(r'(?:src|href)="([^"#]+)"', response.text)
+    assert any(name.endswith(".js") for name in names) and any(name.endswith(".css") for name in names)
+    for name in names:
+        assert server.get("/" + name.removeprefix("./").removeprefix("/")).status_code == 200, name
+
+
 def test_files_of_the_page_come_with_their_type_and_a_tag(server: LiveServer):
     response = server.get("/static/docs.css")
     assert response.headers["content-type"].startswith("text/css")
