@@ -353,7 +353,7 @@ def test_control_tokens_spelled_by_a_user_stay_text(server: LiveServer):
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
-        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "name"),
+        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages.0.name"),
         ({"messages": [{"role": "user", "content": "  \n"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "messages"),
         ({"messages": [{"role": "user", "content": "a"}] * 1001}, "messages"),

@@ -158,6 +158,31 @@ def test_a_client_that_hangs_up_frees_its_row_at_once(path, streamed):
             assert statistics.cancelled == 1 and statistics.finished == 0
 
 
+def test_a_client_that_hangs_up_is_no_success_in_the_metrics():
+    with live_server() as server:
+        connection = stream_socket(server, **ENDLESS)
+        wait_until(lambda: running(server) == 1)
+        connection.close()
+        line = 'chatglm_requests_total{method="POST",route="/v1/chat/completions",status="499"} 1.0'
+        wait_until(lambda: line in server.get("/metrics").text)
+
+
+def test_embeddings_that_nobody_waits_for_are_given_up(monkeypatch):
+    from concurrent.futures import Future
+
+    with live_server() as server:
+        future: Future = Future()
+        monkeypatch.setattr(server.model.engine, "embed", lambda prompts: future)
+        connection = stream_socket(server, "/v1/embeddings", model="demo", input="hello")
+        connection.close()
+        wait_until(future.cancelled)
+        later: Future = Future()
+        monkeypatch.setattr(server.model.engine, "embed", lambda prompts: later)
+        threading.Timer(0.2, later.cancel).start()  # as the engine does when it is closed
+        response = server.post("/v1/embeddings", {"model": "demo", "input": "hello"})
+        assert response.status_code == 503 and response.json()["error"]["code"] == "shutting_down"
+
+
 def test_an_answer_is_ended_after_its_time():
     with live_server(Settings(answer_seconds=0.3)) as server:
         choice = server.chat("hello", **ENDLESS).json()["choices"][0]

@@ -21,7 +21,7 @@ from chatglm.server.settings import Settings
 FEW = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
-MANY = settings(FEW, max_examples=300)
+MANY = settings(FEW, max_examples=100)
 AUTHORIZATION = {"Authorization": "Bearer key"}
 
 

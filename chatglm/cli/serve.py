@@ -148,7 +148,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         raise OSError(message) from None
 
     keys = api_keys(arguments.api_key, arguments.api_key_file)
-    local = is_loopback([arguments.host])
+    local = is_loopback(arguments.host)
     if not local and not keys and not arguments.no_key:
         raise ValueError(
             f"--host {arguments.host} lets other machines in; give --api-key or --api-key-file, or --no-key if "

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("chatglm.server")
 
+KEEP_ALIVE = ": the answer is being computed\n\n"
+DONE = "data: [DONE]\n\n"
+
 
 class Running:
     """Answers that are computed for one client; they end with it, and after `answer_seconds`."""
@@ -30,6 +34,7 @@ class Running:
         self.answers, self.settings, self.metrics = answers, settings, metrics
 
     def cancel(self) -> None:
+        """Ends them all with the token that is being computed."""
         for answer in self.answers:
             answer.cancel()
 
@@ -62,19 +67,17 @@ class Running:
             logger.error("An answer failed.", exc_info=answer.error)
 
     async def all_pieces(self, receive: Receive) -> list[list[Piece]]:
-        """Waits for all answers, and gives up when the client does. Raises ApiError if one failed."""
+        """Waits for all answers; raises ApiError if one failed, or the client has gone."""
         found: list[list[Piece]] = [[] for _ in self.answers]
-        async with cancelled_when_gone(self, receive), aclosing(self.pieces()) as pieces:
+        async with when_gone(receive, self.cancel) as gone, aclosing(self.pieces()) as pieces:
             async for item in pieces:
                 if item is not None and item[1] is not None:
                     found[item[0]].append(item[1])
-        self.check()
-        return found
-
-    def check(self) -> None:
-        """Raises ApiError if an answer failed."""
+        if gone.is_set():
+            raise client_gone()
         if any(answer.finish_reason == "error" for answer in self.answers):
             raise ApiError(500, INTERNAL, code="internal_error")
+        return found
 
 
 async def _pump(index: int, answer: Answer, queue: asyncio.Queue) -> None:
@@ -86,20 +89,41 @@ async def _pump(index: int, answer: Answer, queue: asyncio.Queue) -> None:
 
 
 @contextlib.asynccontextmanager
-async def cancelled_when_gone(running: Running, receive: Receive) -> AsyncIterator[None]:
-    """Cancels the answers at the moment the client hangs up, and at the end of the block."""
+async def when_gone(receive: Receive, cancel: Callable[[], Any]) -> AsyncIterator[asyncio.Event]:
+    """Calls `cancel` at the moment the client hangs up; what it yields tells whether it has."""
+    gone = asyncio.Event()
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        running.cancel()
+        gone.set()
+        cancel()
 
     watcher = asyncio.create_task(watch())
     try:
-        yield
+        yield gone
     finally:
         watcher.cancel()
-        running.cancel()
+
+
+def client_gone() -> ApiError:
+    """For the log and the metrics; nobody is there to read it. The number is nginx's."""
+    return ApiError(499, "The client has gone.", code="client_gone")
+
+
+async def result_of(future: Future, receive: Receive) -> Any:
+    """What the engine computes besides answers; raises ApiError if it was given up."""
+    async with when_gone(receive, future.cancel) as gone:
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                raise
+    raise (
+        client_gone()
+        if gone.is_set()
+        else ApiError(503, "The server is shutting down.", code="shutting_down")
+    )
 
 
 class EventStream(Response):
@@ -114,16 +138,18 @@ class EventStream(Response):
         self.events, self.running = events, running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with cancelled_when_gone(self.running, receive), aclosing(self.events) as events:
+        cancel = self.running.cancel
+        async with when_gone(receive, cancel), aclosing(self.events) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for event in events:
                     await self._send(send, event, more_body=True)
                 await self._send(send, "", more_body=False)
             except asyncio.TimeoutError:
-                logger.info(
-                    "A client took nothing of its answer for %s s.", self.running.settings.send_seconds
-                )
+                seconds = self.running.settings.send_seconds
+                logger.info("A client took nothing of its answer for %s s, and is given up.", seconds)
+            finally:
+                cancel()  # also where the events were never begun
 
     async def _send(self, send: Send, text: str, more_body: bool) -> None:
         message: Message = {"type": "http.response.body", "body": text.encode(), "more_body": more_body}
@@ -133,7 +159,3 @@ class EventStream(Response):
 def event(data: Any) -> str:
     """One event: a line of JSON."""
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-KEEP_ALIVE = ": the answer is being computed\n\n"
-DONE = "data: [DONE]\n\n"

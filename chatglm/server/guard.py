@@ -1,7 +1,7 @@
 """Stands in front of all routes: who may come in, and how much they may bring.
 
-    Observer    counts and logs every request, turns a failure into a 500 without internals
-    Guard       the Host header, the API key, the type and size of the body; headers that protect the page
+    Observer    counts and logs every request, adds the headers that protect the page, and turns a failure into a 500
+    Guard       the Host header, the API key, the type and size of the body
 
 Pure ASGI, so that a body is refused before it is read, and streams pass through as they are.
 """
@@ -15,7 +15,6 @@ import hmac
 import ipaddress
 import logging
 import time
-from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,6 +28,7 @@ logger = logging.getLogger("chatglm.server")
 OPEN_PATHS = ("/health", "/v1/health")  # for whoever watches over the server, with and without a key
 OFTEN_ASKED = (*OPEN_PATHS, "/metrics")  # by programs, every few seconds
 BODIES = ("POST", "PUT", "PATCH", "DELETE")
+METHODS = ("GET", "HEAD", "OPTIONS", *BODIES)  # that metrics tell apart
 # Nothing but the server's own files, no scripts inside the page, no page around this one.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -210,9 +210,6 @@ class Observer:
             logger.log(level, "%s %s %.3f s", _line(scope), status, time.monotonic() - began)
 
 
-METHODS = ("GET", "HEAD", "POST", "OPTIONS", *BODIES[1:])
-
-
 def _line(scope: Scope) -> str:
     """Method and path of a request as they may stand in a log."""
     path = scope.get("raw_path", b"").partition(b"?")[0].decode("ascii", "backslashreplace")
@@ -220,13 +217,9 @@ def _line(scope: Scope) -> str:
     return f"{client[0]} {scope['method'][:20]} {path[:200]}"
 
 
-def is_loopback(names: Iterable[str]) -> bool:
-    """Whether all of them are names or addresses of this machine that no other machine reaches."""
-    for name in names:
-        try:
-            if not ipaddress.ip_address(name).is_loopback:
-                return False
-        except ValueError:
-            if name != "localhost":
-                return False
-    return True
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own, which no other machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

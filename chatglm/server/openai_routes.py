@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import logging
 import struct
@@ -14,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from chatglm.server.answers import DONE, KEEP_ALIVE, EventStream, Running, event
+from chatglm.server.answers import DONE, KEEP_ALIVE, EventStream, Running, event, result_of
 from chatglm.server.asking import ask_chat, ask_completions, check_model, embedding_prompts, refusal_of
 from chatglm.server.errors import INTERNAL, error_body
 from chatglm.server.model import Model
@@ -49,7 +48,9 @@ async def completions(
 
 
 @router.post("/embeddings")
-async def embeddings(body: EmbeddingRequest, service: TheService, model: TheModel) -> dict[str, Any]:
+async def embeddings(
+    body: EmbeddingRequest, request: Request, service: TheService, model: TheModel
+) -> dict[str, Any]:
     """One vector for each text: the mean of the model's last hidden states over its tokens."""
     prompts = await run_in_threadpool(embedding_prompts, body, model, service.settings)
     try:
@@ -59,7 +60,7 @@ async def embeddings(body: EmbeddingRequest, service: TheService, model: TheMode
         if refused is None:
             raise
         raise refused from None
-    vectors = await asyncio.wrap_future(future)
+    vectors = await result_of(future, request.receive)
     data = [
         {"object": "embedding", "index": i, "embedding": _vector(vector, body.encoding_format)}
         for i, vector in enumerate(vectors)

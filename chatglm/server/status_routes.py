@@ -46,7 +46,7 @@ async def health(service: TheService) -> JSONResponse:
 
 
 @router.get("/info")
-async def info(model: TheModel) -> dict[str, Any]:
+async def info(service: TheService, model: TheModel) -> dict[str, Any]:
     """What the model is, and what holds where a request does not say."""
     return {
         "model": model.id,
@@ -56,7 +56,11 @@ async def info(model: TheModel) -> dict[str, Any]:
         "dtype": model.dtype,
         "device": model.device,
         "context": model.engine.context,
-        "defaults": {"temperature": model.temperature, "top_p": model.top_p, "max_tokens": None},
+        "defaults": {
+            "temperature": model.temperature,
+            "top_p": model.top_p,
+            "max_tokens": service.settings.max_tokens,
+        },
         "version": __version__,
     }
 
