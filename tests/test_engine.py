@@ -159,6 +159,14 @@ def test_a_conversation_keeps_its_row_while_there_are_free_ones(
     assert bool(again.cached_tokens >= known) == talk.model.reads_forward
 
 
+def test_rows_that_hold_the_same_are_told_apart(talk: Conversation, start: Callable[..., Engine]) -> None:
+    engine = start(talk.model, talk.tokenizer, max_batch=3)
+    alone = talk.chat("一样", do_sample=False, max_new_tokens=20)[0]
+    for _ in range(2):
+        answers = [engine.submit(greedy(talk, "一样", max_tokens=20)) for _ in range(6)]
+        assert [read(answer) for answer in answers] == [alone] * 6
+
+
 def test_common_length_leaves_one_token_to_read() -> None:
     assert common_length([1, 2, 3], [1, 2, 3, 4]) == 3
     assert common_length([1, 2, 3], [1, 2, 3]) == 2

@@ -49,7 +49,7 @@ class Statistics:
     failed: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A row of the buffers: the tokens that it holds, and the request that it works for."""
 
@@ -63,7 +63,7 @@ class Row:
         return self.job is not None and self.job.token is not None
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request at work in its row."""
 
@@ -107,7 +107,8 @@ class Engine:
         context: int | None = None,
     ) -> None:
         longest = model.config.max_position_embeddings
-        self.context = context or min(CHAT_DEFAULTS[model.config.family]["max_length"], longest)
+        published = CHAT_DEFAULTS[model.config.family]["max_length"]
+        self.context = min(published, longest) if context is None else context
         if not 2 <= self.context <= longest:
             raise ValueError(f"context is {context}, but this model was made for 2 to {longest} tokens.")
         if max_batch < 1 or max_queue < 0:
@@ -196,17 +197,21 @@ class Engine:
     # ---- everything below runs in the engine's thread
 
     def _run(self) -> None:
-        while self._wait_for_work():
-            with torch.no_grad():
-                self._end_cancelled()
-                self._begin_waiting()
-                self._embed_next()
-                self._read_prompts()
-                self._answer_next()
-        for answer in self._unfinished():
-            self._finish(answer, "cancelled")
-        for work in self._embeddings:
-            work.future.cancel()
+        try:
+            while self._wait_for_work():
+                with torch.no_grad():
+                    self._end_cancelled()
+                    self._begin_waiting()
+                    self._embed_next()
+                    self._read_prompts()
+                    self._answer_next()
+        finally:  # whatever it was that ended it, nobody waits for ever
+            with self._changed:
+                self._closing = True
+            for answer in self._unfinished():
+                self._finish(answer, "cancelled")
+            for work in self._embeddings:
+                work.future.cancel()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when it is time to end."""
