@@ -390,7 +390,11 @@ class MLP(nn.Module):
         self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+        return self.dense_4h_to_h(self.activate(self.dense_h_to_4h(hidden_states)))
+
+    @staticmethod
+    def activate(states: torch.Tensor) -> torch.Tensor:
+        return F.gelu(states, approximate="tanh")
 
 
 class SwiGLU(nn.Module):
@@ -403,8 +407,12 @@ class SwiGLU(nn.Module):
         self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up)
+        return self.dense_4h_to_h(self.activate(self.dense_h_to_4h(hidden_states)))
+
+    @staticmethod
+    def activate(states: torch.Tensor) -> torch.Tensor:
+        gate, up = states.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 class RMSNorm(nn.Module):
@@ -416,11 +424,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.weight.dtype == hidden_states.dtype:
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        weight = self.weight
+        if weight.dtype == hidden_states.dtype:
+            return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
         states = hidden_states.float()  # float32 residuals beside half-precision weights
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight * states).to(hidden_states.dtype)
+        return (weight * states).to(hidden_states.dtype)
 
 
 def make_norm(config: ChatGLMConfig) -> nn.Module:
@@ -1061,8 +1070,12 @@ class OneTokenStep:
     @staticmethod
     def _functions(block: nn.Module) -> tuple:
         attention = block.attention if isinstance(block, GLMBlock) else block.self_attention
-        linear = attention.query_key_value.forward, attention.dense.forward, block.mlp.forward
-        return attention, block.input_layernorm.forward, block.post_attention_layernorm.forward, *linear
+        mlp = block.mlp
+        return (
+            *(attention, block.input_layernorm.forward, block.post_attention_layernorm.forward),
+            *(attention.query_key_value.forward, attention.dense.forward),
+            *(mlp.dense_h_to_4h.forward, mlp.activate, mlp.dense_4h_to_h.forward),
+        )
 
     def tables(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [B or 1, 1, T, head_dim] of positions [B or 1, T]."""
@@ -1077,18 +1090,21 @@ class OneTokenStep:
     ) -> torch.Tensor:
         """Scores [B, V] in float32 after tokens [B, 1]; attention_mask: boolean [B, 1, 1, T], True = may see."""
         hidden_states, scale = self.embed(input_ids), self.scale
-        for (attention, norm, next_norm, fuse, dense, mlp), cached in zip(
+        for (attention, norm, next_norm, fuse, dense, widen, activate, narrow), cached in zip(
             self.layers, cache.layers, strict=True
         ):
             normed = norm(hidden_states)
             query, key, value = self._heads(attention, fuse(normed), rotary)
             key, value = cached.update(key, value)
-            query = query.to(key.dtype)
+            if key.dtype != query.dtype:  # see cache_dtype
+                query = query.to(key.dtype)
             attended, _ = one_token_attention(attention, query, key, value, attention_mask, attention.scaling)
-            attended = dense(attended.flatten(-2).to(normed.dtype))
-            hidden_states = attended + (hidden_states if scale is None else scale * normed)
+            if attended.dtype != normed.dtype:
+                attended = attended.to(normed.dtype)
+            hidden_states = dense(attended.flatten(-2)) + (hidden_states if scale is None else scale * normed)
             normed = next_norm(hidden_states)
-            hidden_states = mlp(normed) + (hidden_states if scale is None else scale * normed)
+            widened = activate(widen(normed))
+            hidden_states = narrow(widened) + (hidden_states if scale is None else scale * normed)
         return self.head(self.final_norm(hidden_states))[:, -1].float()
 
     @staticmethod

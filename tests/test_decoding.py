@@ -333,3 +333,25 @@ def test_slow_half_precision_keys_of_many_heads_are_kept_in_float32(monkeypatch)
     for ours, theirs in zip(slow[-1][1].layers, fast[-1][1].layers, strict=True):
         prompt_keys = slice(0, ids.shape[1])
         assert_close(ours.keys[:, :, prompt_keys], theirs.keys[:, :, prompt_keys], atol=0.2)
+
+
+def test_scores_and_a_cache_that_has_grown_in_the_loop_are_ordinary_tensors(model, family, monkeypatch):
+    """The loop computes in inference mode, whose tensors nobody may change or train with outside of it."""
+    monkeypatch.setattr(generation_chatglm, "STEP", 4)
+
+    def change(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, 5] = 50.0
+        return scores
+
+    steps = model.stream_generate(
+        prompt(family),
+        max_new_tokens=12,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([change]),
+        return_past_key_values=True,
+    )
+    *_, (sequences, cache) = steps
+    sequences += 0
+    loss = model(sequences[:, -1:], past_key_values=cache, use_cache=True).logits.sum()
+    loss.backward()
+    assert not any(buffer.is_inference() for layer in cache.layers for buffer in layer._buffers)

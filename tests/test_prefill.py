@@ -61,3 +61,11 @@ def test_chatglm_6b_reads_its_prompt_at_once(monkeypatch):
     with computed_tokens() as lengths:
         assert torch.equal(model.generate(ids, **GREEDY), expected)
     assert lengths[:2] == [13, 1]
+
+
+def test_only_the_last_chunk_is_scored(monkeypatch):
+    model, ids, rows = tiny_model(CHATGLM2), prompt(CHATGLM2, 13), []
+    model.get_output_embeddings().register_forward_hook(lambda *args: rows.append(args[1][0].shape[1]))
+    monkeypatch.setattr(generation_chatglm, "CHUNK", 4)
+    read_prompt(model, ids, None, None, GrowingCache(2))
+    assert rows == [1]
