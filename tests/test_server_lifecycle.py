@@ -181,6 +181,19 @@ def test_embeddings_that_nobody_waits_for_are_given_up(monkeypatch):
         threading.Timer(0.2, later.cancel).start()  # as the engine does when it is closed
         response = server.post("/v1/embeddings", {"model": "demo", "input": "hello"})
         assert response.status_code == 503 and response.json()["error"]["code"] == "shutting_down"
+        failed: Future = Future()
+        failed.set_exception(EngineClosed())
+        monkeypatch.setattr(server.model.engine, "embed", lambda prompts: failed)
+        assert server.post("/v1/embeddings", {"model": "demo", "input": "hello"}).status_code == 503
+
+
+def test_without_the_packages_of_the_extra_the_command_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in [name for name in sys.modules if name.startswith("chatglm.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["serve"]) == 1
+    error = capsys.readouterr().err
+    assert "fastapi" in error and "extra 'server'" in error and error.count("\n") == 1
 
 
 def test_an_answer_is_ended_after_its_time():

@@ -143,7 +143,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         from chatglm.server.settings import Settings
     except ImportError as error:
         message = (
-            f"The server needs {error.name}, which is not installed; pip install 'chatglm[server]' brings it."
+            f"The server needs {error.name}, which is not installed; install chatglm with its extra 'server'."
         )
         raise OSError(message) from None
 

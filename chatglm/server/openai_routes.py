@@ -55,12 +55,12 @@ async def embeddings(
     prompts = await run_in_threadpool(embedding_prompts, body, model, service.settings)
     try:
         future = await run_in_threadpool(model.engine.embed, prompts)
+        vectors = await result_of(future, request.receive)
     except Exception as error:
         refused = refusal_of(error, "input")
         if refused is None:
             raise
         raise refused from None
-    vectors = await result_of(future, request.receive)
     data = [
         {"object": "embedding", "index": i, "embedding": _vector(vector, body.encoding_format)}
         for i, vector in enumerate(vectors)
