@@ -353,7 +353,7 @@ def start(*arguments: str, **environment: str) -> tuple[subprocess.Popen, str]:
     url, lines = "", []
     for line in process.stdout:
         lines.append(line)
-        url = url or "".join(re.findall(r"Listening at (\S+?);", line))
+        url = url or "".join(re.findall(r"Listening at (\S+) ", line))
         if "is ready" in line:
             return process, url
     pytest.fail("".join(lines))
@@ -454,6 +454,29 @@ def test_mistakes_are_told_before_anything_is_loaded(capsys, tmp_path):
     assert "config.json" in capsys.readouterr().err
     assert main(["serve", "--host", "0.0.0.0"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_context_beyond_the_model_ends_the_command_with_a_sentence(capsys):
+    assert main(["serve", "demo", "--port", "0", "--max-context", "99999"]) == 1
+    out, error = capsys.readouterr()
+    assert "Listening at http://127.0.0.1:" in out
+    assert "99999" in error and "Traceback" not in error
+
+
+def test_a_device_that_is_too_small_is_told(monkeypatch):
+    import torch
+
+    from chatglm.checkpoint import read_checkpoint
+    from chatglm.find import find_checkpoint
+
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("chatglm.server.model.load_model", too_large)
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    with pytest.raises(MemoryError, match="--quantize 4"):
+        serve._load(parser.parse_args(["demo"]), read_checkpoint(find_checkpoint("demo")), Settings())
 
 
 def test_web_opens_the_page_unless_told_not_to(monkeypatch):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatglm.checkpoint import read_checkpoint
+from chatglm.checkpoint import Checkpoint, read_checkpoint, readable
 from chatglm.cli.options import add_model_options, whole_number
 from chatglm.find import find_checkpoint
 
@@ -98,42 +98,44 @@ def serve_model(arguments: argparse.Namespace, listening: Callable[[str], None])
     # Before torch is imported and anything large is loaded: most mistakes are told at once.
     settings = settings_from(arguments)
     checkpoint = read_checkpoint(find_checkpoint(arguments.model, arguments.revision))
-    from chatglm.server.model import load_model
     from chatglm.server.run import serve
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("chatglm.server").setLevel(logging.INFO)
 
-    def load() -> Model:
-        import transformers
-
-        from chatglm.loading import LARGE
-
-        if checkpoint.sizes.parameters < LARGE:
-            transformers.utils.logging.disable_progress_bar()
-        model = load_model(
-            arguments.model,
-            settings,
-            arguments.revision,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            quantize=arguments.quantize,
-        )
-        print(
-            f"{model.id} is ready: {model.parameters:,} parameters, {model.dtype} on {model.device}.",
-            flush=True,
-        )
-        return model
-
     def tell(url: str) -> None:
-        print(
-            f"Listening at {url}; the page is there, the API at {url}/v1, its fields at {url}/docs.",
-            flush=True,
-        )
+        print(f"Listening at {url} (the page), {url}/v1 (the API) and {url}/docs (its fields).")
         print(f"Loading {arguments.model} ...", flush=True)
         listening(url)
 
-    serve(load, settings, arguments.host, arguments.port, tell)
+    serve(lambda: _load(arguments, checkpoint, settings), settings, arguments.host, arguments.port, tell)
+
+
+def _load(arguments: argparse.Namespace, checkpoint: Checkpoint, settings: Settings) -> Model:
+    """Loads the model of the command line, and tells what it is and needs."""
+    import torch
+    import transformers
+
+    from chatglm.loading import LARGE
+    from chatglm.server.model import load_model
+
+    if checkpoint.sizes.parameters < LARGE:
+        transformers.utils.logging.disable_progress_bar()
+    options = {name: getattr(arguments, name) for name in ("device", "dtype", "quantize")}
+    try:
+        model = load_model(arguments.model, settings, arguments.revision, **options)
+    except torch.OutOfMemoryError:
+        raise MemoryError(
+            "The memory of the device is used up; try --quantize 4, a smaller --max-batch or --max-context, or "
+            "--device cpu, and see what chatglm info tells."
+        ) from None
+    cache = readable(model.engine.most_cache_bytes)
+    print(
+        f"{model.id} is ready: {model.parameters:,} parameters, {model.dtype} on {model.device}; "
+        f"{settings.max_batch} conversations of {model.engine.context} tokens take {cache} more at most.",
+        flush=True,
+    )
+    return model
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
