@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.report import command_line, table
+from chatglm.evaluation.packing import log_probabilities, megabytes
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 from chatglm.tools.machine import machine
@@ -42,32 +43,20 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def log_probabilities(model: ChatGLMForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """[answer tokens, vocabulary]"""
-    ids, targets, _ = batch
-    hidden_states = model.transformer(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden_states[targets != IGNORED])
-    return F.log_softmax(logits.float(), dim=-1)
-
-
 @torch.no_grad()
 def compare(
     model: ChatGLMForConditionalGeneration, reference: ChatGLMForConditionalGeneration, data: list[Batch]
 ) -> dict[str, float]:
     """Perplexity of the answers under `model`, and its mean divergence from `reference`."""
     loss, divergence, tokens = 0.0, 0.0, 0
-    for batch in data:
-        ours, theirs = log_probabilities(model, batch), log_probabilities(reference, batch)
-        targets = batch[1][batch[1] != IGNORED]
+    for ids, labels, _ in data:
+        answers = labels != IGNORED
+        ours, theirs = log_probabilities(model, ids, answers), log_probabilities(reference, ids, answers)
+        targets = labels[answers]
         loss += F.nll_loss(ours, targets, reduction="sum").item()
         divergence += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
         tokens += len(targets)
     return {"perplexity": math.exp(loss / tokens), "divergence": divergence / tokens, "tokens": tokens}
-
-
-def megabytes(model: ChatGLMForConditionalGeneration) -> float:
-    """Of the weights, tied ones once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values()) / 1e6
 
 
 def measure(name: str, number_of_batches: int, number_of_questions: int) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "convert": "write a checkpoint in another form: safetensors, another dtype, packed, adapters merged",
     "download": "fetch a model from the Hub to its cache or to a folder",
+    "evaluate": "measure how good a model is: C-Eval, MMLU, GSM8K, BBH, own questions, the cost of packing",
     "export": "write a folder for the Hub that loads anywhere, with a model card",
     "info": "tell what a model is and the memory it needs, without loading it",
     "serve": "serve a model: OpenAI's API, the published one, and a chat page",
