@@ -248,6 +248,17 @@ def test_close_lets_answers_end_and_then_ends_them(talk: Conversation, start: Ca
     assert [a.finish_reason for a in (short, long, waiting)] == ["length", "cancelled", "cancelled"]
 
 
+def test_close_ends_embeddings_too(talk: Conversation, start: Callable[..., Engine]) -> None:
+    engine = start(talk.model, talk.tokenizer)
+    prompt = talk.tokenizer.encode_chat("你好")
+    begun, waiting = engine.embed([prompt] * 10_000), engine.embed([prompt])
+    wait_until(begun.running)
+    engine.close()
+    assert waiting.cancelled()
+    with pytest.raises(EngineClosed):
+        begun.result(0)
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_back(
     talk: Conversation, start: Callable[..., Engine]
 ) -> None:

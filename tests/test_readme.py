@@ -106,7 +106,7 @@ def healthy(port: int) -> bool:
 @pytest.fixture(scope="module")
 def address(place: Path) -> Iterator[str]:
     """Where the demo model is served."""
-    pytest.importorskip("uvicorn", reason="the server needs its extra: pip install 'chatglm[server]'")
+    pytest.importorskip("uvicorn", reason="the server needs its extra: pip install '.[server]'")
     with serving(["chatglm", "serve"], place) as url:
         yield url
 
@@ -128,7 +128,7 @@ def test_command_runs(place, command, request):
     if command in EXPLAINED_ELSEWHERE:
         pytest.skip(EXPLAINED_ELSEWHERE[command])
     if command.startswith(("chatglm serve", "chatglm web")):
-        pytest.importorskip("uvicorn", reason="the server needs its extra: pip install 'chatglm[server]'")
+        pytest.importorskip("uvicorn", reason="the server needs its extra: pip install '.[server]'")
         with serving(shlex.split(command), place):
             return
     if ADDRESS in command:

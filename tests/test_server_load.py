@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="the clients need httpx")
-pytest.importorskip("uvicorn", reason="the server needs its extra: pip install 'chatglm[server]'")
+pytest.importorskip("uvicorn", reason="the server needs its extra: pip install '.[server]'")
 
 import psutil  # noqa: E402
 from live_server import LiveServer, demo, live_server, wait_until  # noqa: E402

@@ -211,7 +211,8 @@ class Engine:
             for answer in self._unfinished():
                 self._finish(answer, "cancelled")
             for work in self._embeddings:
-                work.future.cancel()
+                if not work.future.cancel():  # it was being computed
+                    work.future.set_exception(EngineClosed())
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when it is time to end."""
