@@ -21,6 +21,7 @@ COMMANDS = {
     "download": "fetch a model from the Hub to its cache or to a folder",
     "evaluate": "measure how good a model is: C-Eval, MMLU, GSM8K, BBH, own questions, the cost of packing",
     "export": "write a folder for the Hub that loads anywhere, with a model card",
+    "finetune": "teach a model from data: LoRA, P-Tuning v2, all weights or the last layers",
     "info": "tell what a model is and the memory it needs, without loading it",
     "serve": "serve a model: OpenAI's API, the published one, and a chat page",
     "verify": "check that a checkpoint is whole and sound, down to every number",

@@ -1,0 +1,316 @@
+"""A whole run: check, read, load, train, answer, save, report. The loop itself is transformers' Trainer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from chatglm.checkpoint import Checkpoint, read_checkpoint
+from chatglm.find import find_checkpoint
+from chatglm.training.rows import Data, read_data
+from chatglm.training.settings import Settings, read_yaml, to_yaml
+
+GENERAL_QUESTIONS = Path(__file__).with_name("probe.jsonl")
+SETTINGS_FILE, DATA_FILE = "finetune.yaml", "data.txt"
+
+
+def finetune(
+    settings: Settings,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    say: Callable[[str], Any] = print,
+) -> Any:
+    """Teaches a model what the data say and writes the result into `settings.output`; returns the Outcome.
+
+    Args:
+        resume: goes on after the last checkpoint in the output, with the same settings and data.
+        overwrite: replaces what an earlier run wrote there.
+        progress: shows a bar.
+        say: takes what people should know on the way, line by line.
+
+    Raises OSError and ValueError, for settings, data, models and folders, before anything is loaded or written.
+    """
+    settings.check()
+    output = Path(settings.output).expanduser()
+    check_output(output, resume, overwrite)
+    data = read_all(settings)
+    if resume:
+        check_same_run(output, settings)
+    checkpoint = read_checkpoint(find_checkpoint(settings.model, settings.revision))
+
+    import transformers
+
+    from chatglm.loading import default_device
+    from chatglm.training import methods, trainer
+
+    device = methods.torch.device(settings.device) if settings.device else default_device()
+    methods.check_method(settings, checkpoint.config, device)
+    if settings.predict or settings.predict_every_epoch:
+        from chatglm.training.scores import check_scores
+
+        check_scores()
+    examples = lay_out(settings, checkpoint, data)
+    _tell_data(data, say)
+    if resume:
+        check_same_data(output, data)
+
+    usual = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # Trainer misses the frozen weights in a P-Tuning checkpoint
+    try:
+        model, tokenizer = methods.load_base(settings, device)
+        transformers.set_seed(settings.seed)
+        model = methods.prepare(model, settings)
+        start = trainer.last_checkpoint(output) if resume else None
+        _begin(output, settings, data, overwrite and not resume)
+        run = _Run(settings, checkpoint, model, tokenizer, data, examples, device, progress, say)
+        return run.train(start)
+    finally:
+        transformers.logging.set_verbosity(usual)
+
+
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Raises OSError if the run must not write into `output`."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OSError(f"{output} is no folder; choose another output.")
+    filled = output.is_dir() and any(output.iterdir())
+    ours = (output / SETTINGS_FILE).is_file()
+    if resume and not ours:
+        raise OSError(f"{output} holds no run to resume (no {SETTINGS_FILE}); leave out --resume.")
+    if filled and not resume and not overwrite:
+        raise OSError(
+            f"{output} exists and is not empty; choose another output, --resume the run in it, or --overwrite it."
+        )
+    if filled and overwrite and not ours:
+        raise OSError(
+            f"{output} holds other things than a finetuning run (no {SETTINGS_FILE}), so it is not replaced; choose "
+            "another output."
+        )
+
+
+def check_same_run(output: Path, settings: Settings) -> None:
+    """Raises ValueError if the run in `output` was asked for something else."""
+    before = Settings(**read_yaml(output / SETTINGS_FILE))
+    for name in before.chosen() | settings.chosen():
+        old, new = getattr(before, name), getattr(settings, name)
+        if old != new and name != "output":
+            raise ValueError(
+                f"{name} is {new!r}, but the run in {output} was begun with {old!r}; resume with the same settings, or "
+                "choose another output."
+            )
+
+
+def check_same_data(output: Path, data: dict[str, Data]) -> None:
+    """Raises ValueError if the run in `output` learned from other rows."""
+    if (output / DATA_FILE).read_text(encoding="utf-8") != _data_report(data):
+        raise ValueError(
+            f"The data are not those that the run in {output} was begun with ({output / DATA_FILE} tells of them); "
+            "restore them, or choose another output."
+        )
+
+
+def read_all(settings: Settings) -> dict[str, Data]:
+    """The rows of every purpose: training, evaluation, general questions."""
+    columns = {
+        "prompt_column": settings.prompt_column,
+        "response_column": settings.response_column,
+        "history_column": settings.history_column,
+    }
+    data = {
+        "training": read_data(
+            _paths(settings.data), **columns, every_turn=settings.every_turn, most_rows=settings.max_rows
+        )
+    }
+    if settings.eval_data:
+        data["evaluation"] = read_data(
+            _paths(settings.eval_data), **columns, most_rows=settings.max_eval_rows
+        )
+    if settings.probe != "none":
+        data["general questions"] = read_data([Path(settings.probe or GENERAL_QUESTIONS).expanduser()])
+    return data
+
+
+def _paths(names: tuple[str, ...]) -> list[Path]:
+    return [Path(name).expanduser() for name in names]
+
+
+def lay_out(settings: Settings, checkpoint: Checkpoint, data: dict[str, Data]) -> dict[str, list[Any]]:
+    """Token ids and labels of all rows, by purpose."""
+    from chatglm.hub.tokenization_chatglm import CHATGLM, ChatGLMTokenizer
+    from chatglm.training.layout import Layout, pack
+
+    tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint.folder)
+    if settings.packing and tokenizer.family == CHATGLM:
+        raise ValueError(
+            f"packing is for ChatGLM2-6B, but {settings.model} is a ChatGLM-6B, which reads each prompt in both "
+            "directions; leave packing out."
+        )
+    layout = Layout(tokenizer, settings.max_source_length, settings.max_target_length)
+    examples = {purpose: layout.examples(found, found.problems) for purpose, found in data.items()}
+    for purpose, rows in examples.items():
+        if not rows:
+            raise ValueError(
+                f"The {purpose} data hold no row with an answer that has tokens; look at the answers."
+            )
+    if settings.packing:
+        examples["training"] = pack(examples["training"], layout.longest, settings.seed)
+    return examples
+
+
+def _tell_data(data: dict[str, Data], say: Callable[[str], Any]) -> None:
+    from chatglm.training.report import data_lines
+
+    for line in data_lines(data, places=3).splitlines():
+        say(line.removeprefix("- "))
+
+
+def _data_report(data: dict[str, Data]) -> str:
+    from chatglm.training.report import data_lines
+
+    return data_lines(data, places=None) + "\n"
+
+
+def _begin(output: Path, settings: Settings, data: dict[str, Data], overwrite: bool) -> None:
+    if overwrite and output.is_dir():
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / DATA_FILE).write_text(_data_report(data), encoding="utf-8")
+    (output / SETTINGS_FILE).write_text(to_yaml(settings), encoding="utf-8")
+
+
+class _Run:
+    """The part of a run that has a model."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        model: Any,
+        tokenizer: Any,
+        data: dict[str, Data],
+        examples: dict[str, list[Any]],
+        device: Any,
+        progress: bool,
+        say: Callable[[str], Any],
+    ) -> None:
+        from chatglm.training.layout import Collator
+        from chatglm.training.methods import training_dtype
+        from chatglm.training.report import Outcome
+        from chatglm.training.trainer import (
+            AfterEachEpoch,
+            FinetuneTrainer,
+            Progress,
+            ProgressCallback,
+            StopAtNonsense,
+            training_arguments,
+        )
+
+        self.settings, self.checkpoint, self.model, self.tokenizer = settings, checkpoint, model, tokenizer
+        self.data, self.progress, self.say = data, progress, say
+        self.output = Path(settings.output).expanduser()
+        self.outcome = Outcome(settings, str(device), training_dtype(settings, device), data=data)
+        self.outcome.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.outcome.parameters = checkpoint.sizes.parameters
+        watched = {"data": examples.get("evaluation"), "probe": examples.get("general questions")}
+        watched = {name: rows for name, rows in watched.items() if rows}
+        self.trainer = FinetuneTrainer(
+            model=model,
+            args=training_arguments(settings, device, bool(watched)),
+            train_dataset=examples["training"],
+            eval_dataset=watched or None,
+            data_collator=Collator(tokenizer.pad_token_id),
+            callbacks=[StopAtNonsense(), *([Progress()] if progress else [])],
+        )
+        self.trainer.remove_callback(ProgressCallback)
+        if settings.predict_every_epoch:
+            self.trainer.add_callback(AfterEachEpoch(lambda epoch: self.predict(f"epoch {epoch}")))
+
+    def train(self, start: Path | None) -> Any:
+        """Trains, from a checkpoint or from the beginning, and writes everything."""
+        outcome, settings = self.outcome, self.settings
+        self.say(
+            f"{settings.method}: {outcome.trained:,} parameters are trained, beside {outcome.parameters:,} of the "
+            f"base, in {outcome.dtype} on {outcome.device}."
+        )
+        if start:
+            self.say(f"Going on after {start}.")
+        began = time.perf_counter()
+        self.trainer.train(resume_from_checkpoint=str(start) if start else None)
+        outcome.seconds, outcome.steps = time.perf_counter() - began, self.trainer.state.global_step
+        self._look_once_more()
+        outcome.log = self.trainer.state.log_history
+        if settings.predict:
+            self.predict("the last step")
+        self._write()
+        return outcome
+
+    def _look_once_more(self) -> None:
+        looked = any(name.startswith("eval_") for name in self._last_entries())
+        if self.trainer.eval_dataset and not looked:
+            self.trainer.evaluate()
+
+    def _last_entries(self) -> list[str]:
+        log, last = self.trainer.state.log_history, self.outcome.steps
+        return [name for entry in log if entry["step"] == last for name in entry]
+
+    def predict(self, when: str) -> None:
+        """Answers the evaluation questions and scores the answers."""
+        from chatglm.training.scores import answer, expected_answers, score, write_predictions
+
+        rows = self.data["evaluation"].rows
+        expected = expected_answers(self.tokenizer, rows)
+        answers = answer(self.model, self.tokenizer, rows, self.settings.max_target_length, self.progress)
+        self.outcome.scores[when] = score(expected, answers)
+        write_predictions(self.output / "generated_predictions.txt", expected, answers)
+
+    def _write(self) -> None:
+        """Puts the result beside the checkpoints, whole or not at all, README.md last."""
+        from chatglm.training.report import draw_losses, readme
+
+        with tempfile.TemporaryDirectory(dir=self.output, prefix=".partial-") as name:
+            folder = Path(name)
+            self._save(folder)
+            text = readme(self.outcome, licence_of(self.checkpoint.folder))
+            if not draw_losses(self.outcome, folder / "loss.png"):
+                text = text.replace("![loss by step](loss.png)\n", "")
+                self.say("There is no picture of the loss without matplotlib; pip install 'chatglm[train]'.")
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "README.md"):
+                os.replace(path, self.output / path.name)
+
+    def _save(self, folder: Path) -> None:
+        from chatglm.training.methods import save_prefix
+
+        if self.settings.method == "ptuning":
+            save_prefix(self.model, folder)
+            return
+        self.model.config.use_cache = True  # Trainer turned it off
+        if self.settings.method == "lora":
+            self.model.save_pretrained(folder)
+            return
+        self.model.to(self.checkpoint_dtype).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def checkpoint_dtype(self) -> Any:
+        """The dtype that the base is stored in."""
+        import torch
+
+        config = self.checkpoint.config
+        return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
+
+
+def licence_of(folder: Path) -> str:
+    """What the folder of a model says of its licence."""
+    card = folder / "README.md"
+    head = card.read_text(encoding="utf-8", errors="replace")[:4000] if card.is_file() else ""
+    named = re.search(r"(?m)^license:\s*(\S.*)$", head)
+    if named and named[1].strip() != "other":
+        return named[1].strip()
+    return "its MODEL_LICENSE" if (folder / "MODEL_LICENSE").is_file() else "not named in its folder"

@@ -1,0 +1,122 @@
+"""The few things that transformers' Trainer is told: arguments, how a prefix is saved, what is shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from chatglm.training.methods import save_prefix, training_dtype
+from chatglm.training.settings import Settings
+
+
+class FinetuneTrainer(Trainer):
+    """transformers' Trainer, saving a P-Tuning v2 prefix alone, as published, instead of the whole model."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.model.config.pre_seq_len:
+            save_prefix(self.model, Path(output_dir or self.args.output_dir))
+        else:
+            super()._save(output_dir, state_dict)
+
+
+def training_arguments(settings: Settings, device: torch.device, watched: bool) -> TrainingArguments:
+    """`settings` in the words of transformers."""
+    dtype = training_dtype(settings, device)
+    eval_strategy = "no" if not watched else "steps" if settings.eval_steps else "epoch"
+    arguments = TrainingArguments(
+        output_dir=settings.output,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=max(settings.batch_size, 4),
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.rate,
+        lr_scheduler_type=settings.scheduler,
+        # Below 1 it is a share, as it is here; transformers rounds it up.
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        **_checkpointing(settings.gradient_checkpointing),
+        seed=settings.seed,
+        # Autocast: what is trained stays in float32, and float16 gets its loss scaled.
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=device.type == "cpu",
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy=eval_strategy,
+        eval_steps=settings.eval_steps,
+        eval_on_start=watched,
+        prediction_loss_only=True,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several cards take accelerate launch, not DataParallel
+    return arguments
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """The option under its name in this release of transformers."""
+    name = "activation_checkpointing"
+    if name not in TrainingArguments.__dataclass_fields__:  # before 5.20
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+class Progress(ProgressCallback):
+    """The progress bar of transformers with the newest losses beside it, not a line for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        names = {"loss": "loss", "eval_data_loss": "evaluation", "eval_probe_loss": "probe"}
+        self.shown |= {names[key]: f"{value:.3f}" for key, value in (logs or {}).items() if key in names}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)
+
+
+class StopAtNonsense(TrainerCallback):
+    """Ends a run whose loss is no number any more, before it overwrites good checkpoints."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise ValueError(
+                f"The loss became {loss} before step {state.global_step}; lower learning_rate (it is "
+                f"{args.learning_rate:g}), or take dtype bfloat16 or float32 if it is float16."
+            )
+
+
+class AfterEachEpoch(TrainerCallback):
+    """Calls a function with the number of the epoch that is over."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function(round(state.epoch))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`; half-written ones, of a run that was killed, are removed."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:  # Trainer writes this file last
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
