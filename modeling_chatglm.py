@@ -1,7 +1,7 @@
 """ChatGLM-6B and ChatGLM2-6B side by side, under the parameter names of the published checkpoints.
 
-The file reads from the parts to the whole: positions and masks, rotary embedding, attention, MLPs,
-blocks, prefix encoder, model, the two heads, generation. The methods that chat are a mixin in
+The file reads from the parts to the whole: rotary embedding, attention, MLPs, blocks, prefix encoder, model, the two
+heads, generation. Positions and masks are made in positions_chatglm.py; the methods that chat are a mixin in
 tokenization_chatglm.py, where all text is. "chatglm" is the first family
 (ChatGLM-6B v0.1, v1.1, Slim), "chatglm2" the second (ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2).
 
@@ -39,6 +39,16 @@ from .generation_chatglm import (  # noqa: F401 - old callers import the last on
     InvalidScoreLogitsProcessor,
     decode_steps,
 )
+from .positions_chatglm import (
+    check_generation_mask,
+    check_packed,
+    check_prompt,
+    glm_positions,
+    is_context,
+    pack_positions,
+    two_dimensional_mask,
+    unpack_positions,
+)
 from .quantization import (
     Linear,
     Prepackable,
@@ -62,85 +72,6 @@ from .tokenization_chatglm import ChatMixin
 # The published blocks scale their residuals for 28 layers, whatever the depth of the model.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
 PREFIX_DROPOUT = 0.1
-
-# A ChatGLM-6B token has two positions. They travel as one integer, `position * 65536 + block`, because
-# adding 1 for the next token is then exactly the rule of the model: same position, next block.
-POSITION_STRIDE = 1 << 16
-
-
-def pack_positions(position_ids: torch.Tensor) -> torch.Tensor:
-    """[B, 2, T] (position, block), the published form, -> [B, T] packed."""
-    return position_ids[:, 0] * POSITION_STRIDE + position_ids[:, 1]
-
-
-def unpack_positions(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T] packed -> position [B, T], block [B, T]."""
-    return packed // POSITION_STRIDE, packed % POSITION_STRIDE
-
-
-def is_context(input_ids: torch.Tensor, config: ChatGLMConfig) -> torch.Tensor:
-    """[B, T], True before the first <sop> of a row; a row without one has no context."""
-    is_sop = input_ids == config.bos_token_id
-    return (is_sop.cumsum(-1) == 0) & is_sop.any(-1, keepdim=True)
-
-
-def glm_positions(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: ChatGLMConfig
-) -> torch.Tensor:
-    """Packed positions [B, T] of rows that hold a whole prompt, from ids and an optional 2-D mask.
-
-    token      x1  x2  [gMASK]  <sop>  y1  y2        with left padding:   pad  x1  [gMASK]  <sop>
-    position    0   1     2       2     2   2                              0    0     1       1
-    block       0   0     0       1     2   3                              0    0     0       1
-
-    The context counts upwards; everything from <sop> on keeps the position of the mask token that it
-    fills ([gMASK] if the row has one, else [MASK]) and counts in blocks. Without the second dimension
-    (`position_encoding_2d` false) a row with [gMASK] simply counts on.
-    """
-    length = input_ids.shape[1]
-    columns = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    index = columns
-    if attention_mask is not None:
-        index = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    context = is_context(input_ids, config)
-    sop_column = context.sum(-1, keepdim=True)  # [B, 1]
-    is_gmask = (input_ids == config.gmask_token_id) & context
-    has_gmask = is_gmask.any(-1, keepdim=True)
-    is_mask = torch.where(has_gmask, is_gmask, (input_ids == config.mask_token_id) & context)
-    filled = index.gather(1, is_mask.int().argmax(-1, keepdim=True))  # [B, 1]
-    if not config.position_encoding_2d:
-        return torch.where(context | has_gmask, index, filled) * POSITION_STRIDE
-    position = torch.where(context, index, filled)
-    block = torch.where(context, 0, columns - sop_column + 1)
-    return position * POSITION_STRIDE + block
-
-
-def check_prompt(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
-    """Raise ValueError for a row that lacks <sop> or a mask token: it has no positions."""
-    is_mask = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
-    mask_names = (
-        f"[gMASK] (id {config.gmask_token_id}) or [MASK] (id {config.mask_token_id}) before its <sop>"
-    )
-    for name, found in {
-        f"<sop> (id {config.bos_token_id})": input_ids == config.bos_token_id,
-        mask_names: is_mask & is_context(input_ids, config),
-    }.items():
-        missing = (~found.any(-1)).nonzero().flatten().tolist()
-        if missing:
-            raise ValueError(
-                f"Row {missing[0]} of input_ids has no {name}: ChatGLM-6B reads a whole prompt at once; "
-                "encode it with tokenizer(...), which adds both, and leave chunked prefill off."
-            )
-
-
-def check_packed(packed: torch.Tensor, input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
-    """Raise ValueError for plain positions 0, 1, 2, ... of a prompt: its context has block 0 throughout."""
-    context = is_context(input_ids, config)
-    if config.position_encoding_2d and (unpack_positions(packed)[1].expand_as(context)[context] != 0).any():
-        raise ValueError(
-            "position_ids of shape (batch, length) must be packed by pack_positions for ChatGLM-6B, whose tokens have "
-            "two positions; pass (batch, 2, length), or leave them out."
-        )
 
 
 def partners_of(config: ChatGLMConfig) -> tuple[tuple[int, ...], int]:
@@ -253,7 +184,7 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def one_token_attention(
+def sdpa_attention(
     module: Attention,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -262,40 +193,25 @@ def one_token_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`scaled_dot_product_attention` of one new token [B, H, 1, D]: -> context [B, 1, H, D].
+    """`scaled_dot_product_attention` that reads shared keys where they lie: -> context [B, T, H, D].
 
-    The heads that share keys go in as rows of one query, so that the keys are read once for all of them and
-    never copied: with 16 heads a group 3 to 25 times faster on CPUs.
+    Of one new token the heads that share keys go in as rows of one query, so that the keys are read once for all of
+    them: with 16 heads a group 3 to 25 times faster on CPUs. Of several tokens torch shares them itself on CPUs; the
+    library copies them for each head behind a mask, which at 32,768 tokens of ChatGLM2-6B takes 0.5 GB.
     """
-    rows = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])  # [B, G, H / G, D]
-    context = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return context.reshape(query.shape[0], 1, -1, query.shape[-1]), None
-
-
-def cpu_attention(
-    module: Attention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """`scaled_dot_product_attention` of several new tokens [B, H, T, D]: -> context [B, T, H, D].
-
-    CPUs read shared keys where they lie; the library copies them for each head as soon as there is a mask, which at
-    32,768 tokens of ChatGLM2-6B takes 0.5 GB.
-    """
+    one = query.shape[2] == 1
+    if one:
+        query = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])  # [B, G, H / G, D]
     context = F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=attention_mask,
-        is_causal=attention_mask is None,
+        is_causal=attention_mask is None and not one,
         scale=scaling,
-        enable_gqa=True,
+        enable_gqa=not one,
     )
-    return context.transpose(1, 2), None
+    return context.flatten(1, 2)[:, None] if one else context.transpose(1, 2), None
 
 
 def attention_function(
@@ -306,10 +222,8 @@ def attention_function(
         return eager_attention_forward  # no other one has weights to show
     if paged:
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    if implementation == "sdpa" and new_tokens == 1:
-        return one_token_attention
-    if implementation == "sdpa" and device.type == "cpu":
-        return cpu_attention
+    if implementation == "sdpa" and (new_tokens == 1 or device.type == "cpu"):
+        return sdpa_attention
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
 
@@ -1098,7 +1012,7 @@ class OneTokenStep:
             key, value = cached.update(key, value)
             if key.dtype != query.dtype:  # see cache_dtype
                 query = query.to(key.dtype)
-            attended, _ = one_token_attention(attention, query, key, value, attention_mask, attention.scaling)
+            attended, _ = sdpa_attention(attention, query, key, value, attention_mask, attention.scaling)
             if attended.dtype != normed.dtype:
                 attended = attended.to(normed.dtype)
             hidden_states = dense(attended.flatten(-2)) + (hidden_states if scale is None else scale * normed)
@@ -1457,36 +1371,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         )
         for sequences, cache in steps:
             yield (sequences, cache) if return_past_key_values else sequences
-
-
-def check_generation_mask(mask: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
-    """Raise ValueError for a mask that does not cover `input_ids` [B, T] (and what is cached before them)."""
-    if mask is None or input_ids is None or input_ids.dim() != 2:
-        return
-    batch, length = input_ids.shape
-    if mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
-        return
-    if tuple(mask.shape) != (batch, 1, length, length):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; for {batch} rows of {length} tokens it must be "
-            f"{(batch, length)}."
-        )
-
-
-def two_dimensional_mask(mask: torch.Tensor, input_ids: torch.Tensor, config: ChatGLMConfig) -> torch.Tensor:
-    """The published boolean mask [B, 1, T, T] (True = masked) as a [B, T] one (1 = keep) that says the same.
-
-    Raises ValueError for a mask that hides more than padding and the future.
-    """
-    keep = ~mask[:, 0, -1]  # the last row sees all that is not padding
-    causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
-    visible = (causal | is_context(input_ids, config)[:, None]) & keep[:, None]
-    if not torch.equal(visible[keep], ~mask[:, 0][keep]):
-        raise ValueError(
-            "generate takes the attention_mask that the tokenizer makes; this 4-D one hides other positions "
-            "than padding and the future. Pass a 2-D mask (1 = keep), or call the model step by step."
-        )
-    return keep.long()
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):

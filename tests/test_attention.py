@@ -22,7 +22,7 @@ from helpers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chatglm.hub.modeling_chatglm import Attention, cpu_attention, eager_attention_forward
+from chatglm.hub.modeling_chatglm import Attention, eager_attention_forward, sdpa_attention
 
 # Masks and padding
 
@@ -144,7 +144,7 @@ def test_shared_keys_are_read_in_place_with_what_copies_of_them_give(family, mas
         return compute(query, key, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
-    actual, _ = cpu_attention(attention, query, key, value, mask, scaling=0.25)
+    actual, _ = sdpa_attention(attention, query, key, value, mask, scaling=0.25)
     assert torch.equal(actual, expected)
     assert shapes == [key.shape]
 

@@ -22,7 +22,7 @@ from helpers import (
 )
 from transformers import DynamicCache, StaticCache
 
-from chatglm.hub.modeling_chatglm import glm_positions
+from chatglm.hub.positions_chatglm import glm_positions
 
 
 @pytest.mark.parametrize("pieces", [[9, 1, 1, 1, 1, 1], [9, 2, 3], [10, 4]], ids=str)

@@ -7,7 +7,7 @@ import torch
 from helpers import CHATGLM2, assert_close, continued, logits, tiny_model
 from transformers import StaticCache
 
-from chatglm.hub.modeling_chatglm import glm_positions
+from chatglm.hub.positions_chatglm import glm_positions
 
 
 @pytest.fixture

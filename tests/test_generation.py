@@ -28,11 +28,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from chatglm.hub.modeling_chatglm import (
-    InvalidScoreLogitsProcessor,
-    glm_positions,
-    unpack_positions,
-)
+from chatglm.hub.modeling_chatglm import InvalidScoreLogitsProcessor
+from chatglm.hub.positions_chatglm import glm_positions, unpack_positions
 
 NEW = 12
 

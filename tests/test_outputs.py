@@ -20,12 +20,8 @@ from helpers import (
     tiny_model,
 )
 
-from chatglm.hub.modeling_chatglm import (
-    ChatGLMForSequenceClassification,
-    glm_positions,
-    pack_positions,
-    unpack_positions,
-)
+from chatglm.hub.modeling_chatglm import ChatGLMForSequenceClassification
+from chatglm.hub.positions_chatglm import glm_positions, pack_positions, unpack_positions
 
 # Outputs
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import CHATGLM, GMASK, MASK, PAD, SOP, tiny_config
 
-from chatglm.hub.modeling_chatglm import (
+from chatglm.hub.positions_chatglm import (
     glm_positions,
     is_context,
     pack_positions,

@@ -23,10 +23,10 @@ from chatglm.hub.configuration_chatglm import ChatGLMConfig
 from chatglm.hub.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     RotaryEmbedding,
-    pack_positions,
     partners_of,
     rotate,
 )
+from chatglm.hub.positions_chatglm import pack_positions
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ HUB_FILES = (
     "configuration_chatglm.py",
     "generation_chatglm.py",
     "modeling_chatglm.py",
+    "positions_chatglm.py",
     "quantization.py",
     "quantization_kernels.py",
     "tokenization_chatglm.py",
