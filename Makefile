@@ -37,17 +37,21 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Files of tests run side by side, each in one process; more processes than four would mostly need more memory.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 # tests/hub loads folders with trust_remote_code in a process that never imports chatglm.
 test: check
-	$(BIN)/python -m pytest tests/hub
-	$(BIN)/python -m pytest --ignore=tests/hub
+	$(BIN)/python $(PYTEST) tests/hub
+	$(BIN)/python $(PYTEST) --ignore=tests/hub
 
-# Kernels, downloads, vocabularies and reports do not know transformers: tested with one of its releases only.
-KNOW_NO_TRANSFORMERS := $(wildcard tests/test_*_kernel*.py) \
-	$(foreach name,bench checkpoint demo_data download slim verify,tests/test_$(name).py)
+# Kernels, downloads, vocabularies, reports, servers, pages and terminals do not know transformers: tested with one of
+# its releases only.
+KNOW_NO_TRANSFORMERS := $(wildcard $(addprefix tests/test_,*_kernel*.py server*.py web*.py cli_chat*.py)) \
+	$(foreach name,ask bench checkpoint client demo_data download slim verify,tests/test_$(name).py)
 test-oldest: .venv-oldest/test
-	.venv-oldest/bin/python -m pytest tests/hub
-	.venv-oldest/bin/python -m pytest --ignore=tests/hub $(KNOW_NO_TRANSFORMERS:%=--ignore=%)
+	.venv-oldest/bin/python $(PYTEST) tests/hub
+	.venv-oldest/bin/python $(PYTEST) --ignore=tests/hub $(KNOW_NO_TRANSFORMERS:%=--ignore=%)
 
 demo-models: .venv/demo
 	$(BIN)/python -m demo.train --model demo --output chatglm/models/demo
