@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -259,7 +258,7 @@ def compared(name: str, size: float, packed: Reading, unpacked: Reading) -> Cost
 
 def perplexity(log_probabilities: torch.Tensor) -> float:
     """e to the mean of the negative log-probabilities."""
-    return math.exp(-log_probabilities.double().mean().item())
+    return (-log_probabilities.double().mean()).exp().item()
 
 
 def megabytes(model: ChatGLMForConditionalGeneration) -> float:
