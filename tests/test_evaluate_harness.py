@@ -111,13 +111,15 @@ def test_generated_texts_are_those_of_chat(harness: ChatGLMHarness, tasks: Path,
 
 
 @torch.no_grad()
-def test_choices_work_with_the_class_of_the_harness_too_for_chatglm2(tasks: Path):
+def test_with_the_chat_template_choices_work_with_the_class_of_the_harness_too_for_chatglm2(tasks: Path):
     folder = ROOT / "chatglm/models/demo"
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=2)
-    for question, found in zip(QUESTIONS, responses(theirs, tasks, "own_choices"), strict=True):
-        prompt = theirs.tokenizer.encode(question["question"])
+    likelihoods = responses(theirs, tasks, "own_choices", apply_chat_template=True)
+    for question, found in zip(QUESTIONS, likelihoods, strict=True):
+        prompt = theirs.tokenizer.encode_chat(question["question"])
         for choice, (likelihood, _) in zip(question["choices"], found, strict=True):
-            ids = theirs.tokenizer.encode(question["question"] + choice)
+            text = theirs.tokenizer.build_prompt(question["question"]) + choice
+            ids = theirs.tokenizer.encode(text)
             scores = theirs.model(torch.tensor([ids])).logits[0].log_softmax(-1)
             expected = sum(float(scores[i - 1, ids[i]]) for i in range(len(prompt), len(ids)))
             assert likelihood == pytest.approx(expected, abs=1e-3)

@@ -8,4 +8,5 @@ journal.py    answers on disk, so that a run that was cut off goes on
 run.py        the runner that all benchmarks share
 results.py    scores as JSON, Markdown and a chart beside the published figures
 packing.py    perplexity, agreement and error of int8 and int4 weights
+harness.py    our models in the lm-evaluation-harness
 """
