@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from helpers import tiny_model
 from vocabularies import PUBLISHED, train_vocabulary, vocabulary_config
 
-from chatglm.cli import main
+from chatglm.cli import _parser, main
 from chatglm.evaluation import ceval, mmlu, run
 from chatglm.evaluation.bbh import BBH
 from chatglm.evaluation.ceval import CEval
@@ -505,9 +506,10 @@ def test_a_broken_line_is_told_with_file_and_line_before_a_model_is_loaded(
     [
         ("?,1,2,3,4,A\n?,1,2,3\n", "line 2 has 4 fields where 6 belong"),
         ("?,1,2,3,4,A\n?,1,2,3,4,E\n", "line 2 has answer 'E'"),
-        ('?,1,2,3,4,A\n"?,1,2\n', "line 2 is no valid CSV"),
+        ('?,1,2,3,4,A\n"?,1,2\n', "line 2 has 1 fields where 6 belong"),
+        ("?,1,2,3,4,A\n" + "x" * 200_000 + ",1,2,3,4,A\n", "line 2 is no valid CSV: field larger than"),
     ],
-    ids=["fields", "answer", "quote"],
+    ids=["fields", "answer", "quote", "long"],
 )
 def test_a_broken_row_is_told_with_file_and_line(tmp_path: Path, content: str, named: str):
     file = tmp_path / "law_test.csv"
@@ -719,3 +721,36 @@ def test_a_batch_of_random_models_gives_what_its_rows_give(family: str, tmp_path
     letters = ["AB", "ABCD", "BC"]
     chosen = [reader.choose([text], [some])[0] for text, some in zip(texts, letters, strict=True)]
     assert reader.choose(texts, letters) == chosen
+
+
+# ---- the documentation
+
+
+def page() -> str:
+    return (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_page_are_understood():
+    commands = [line.split()[1:] for line in page().splitlines() if line.startswith("chatglm evaluate ")]
+    assert len(commands) >= 5
+    for command in commands:
+        options = _parser(command).parse_args(command)
+        assert bool(options.task) != bool(options.quantization)
+
+
+def test_the_questions_of_the_page_are_read(tmp_path: Path):
+    file = tmp_path / "page.jsonl"
+    file.write_text(page().partition("```json\n")[2].partition("```")[0], encoding="utf-8")
+    assert [question.answer for question in Own(file).questions()] == ["B", "Paris | Paris, France", "B"]
+
+
+def test_the_published_figures_of_the_page_are_those_of_the_charts():
+    table = page().partition("## Published figures")[2].partition("## ")[0]
+    in_table = {float(number) for number in re.findall(r"\d+\.\d+(?= \|)", table)}
+    drawn = {
+        figure.percent
+        for task in run.BENCHMARKS.values()
+        for figure in task.published
+        if "base" not in figure.name
+    }
+    assert in_table == drawn

@@ -23,7 +23,7 @@ def json_lines(file: Path) -> Iterator[Row]:
 
 def csv_rows(file: Path, columns: list[str] | None = None) -> Iterator[Row]:
     """The rows of a CSV file, whose first line names the columns unless `columns` does."""
-    reader = csv.reader(read_text(file).splitlines(keepends=True), strict=True)
+    reader = csv.reader(read_text(file).splitlines(keepends=True))
     try:
         for row in reader:
             place = f"{file}, line {reader.line_num}"

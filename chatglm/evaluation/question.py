@@ -73,7 +73,7 @@ def chinese_extraction(letters: str) -> str:
 
 
 def english_extraction(letters: str) -> str:
-    """The phrase of zero-shot chain of thought (Kojima et al. 2022, arXiv 2205.11916, table 10)."""
+    """The phrase of zero-shot chain of thought (Kojima et al. 2022, arXiv 2205.11916)."""
     return f"Therefore, among {letters[0]} through {letters[-1]}, the answer is"
 
 
