@@ -127,7 +127,8 @@ def draw_losses(outcome: Outcome, file: Path) -> bool:
                 *zip(*points, strict=True), label=label, linewidth=1, marker="." if name != "loss" else ""
             )
     axes.set(xlabel="step", ylabel="loss per token of the answers")
-    axes.legend()
+    if axes.lines:  # a run may be shorter than logging_steps
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, metadata={"Software": None})
     return True

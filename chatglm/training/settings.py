@@ -6,6 +6,7 @@ The fields of `Settings` are the keys of the YAML and, with dashes, the flags of
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -113,6 +114,7 @@ class Settings:
         }
 
 
+@functools.cache
 def kind_of(name: str) -> tuple[type, bool, bool]:
     """(type of a value, whether it is a list, whether it may be None) of a field of Settings."""
     hint = typing.get_type_hints(Settings)[name]
