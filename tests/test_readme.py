@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
 import shlex
@@ -56,8 +57,12 @@ def place(tmp_path_factory) -> Path:
         tokenizer = ChatGLMTokenizer(train_vocabulary(family, folder))
         model = tiny_model(family, **vocabulary_config(tokenizer))
         model.generation_config.max_new_tokens = 4  # random weights rarely end an answer
-        model.save_pretrained(folder)  # with our four files, as the README asks for
+        model.save_pretrained(folder)  # with our root files, as the README asks for
         tokenizer.save_pretrained(folder)
+    rows = [{"content": f"类型#裤*第{i}条", "summary": f"这是第{i}条裤子。"} for i in range(4)]
+    (place / "train.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    question = {"question": "1+1=?", "choices": ["1", "2", "3"], "answer": "B"}
+    (place / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
     return place
 
 
@@ -67,6 +72,15 @@ def run(command: list[str], place: Path, text: str = "") -> subprocess.Completed
     return subprocess.run(
         command, cwd=place, env=environment, input=text, capture_output=True, encoding="utf-8", timeout=300
     )
+
+
+BEFORE = {  # what a command needs the result of
+    "chatglm convert demo my-model --merge-adapter my-lora": (
+        "chatglm finetune demo --data train.json --output my-lora",
+        "my-lora",
+    ),
+}
+EXTRAS = {"chatglm finetune": "peft", "chatglm serve": "uvicorn", "chatglm web": "uvicorn"}
 
 
 @contextmanager
@@ -127,10 +141,15 @@ def test_python_example_runs_unchanged(place, example, request):
 def test_command_runs(place, command, request):
     if command in EXPLAINED_ELSEWHERE:
         pytest.skip(EXPLAINED_ELSEWHERE[command])
+    before, result = BEFORE.get(command, ("", ""))
+    for start, package in EXTRAS.items():
+        if start in (command[: len(start)], before[: len(start)]):
+            pytest.importorskip(package, reason=f"{start} needs {package}, which is not installed")
     if command.startswith(("chatglm serve", "chatglm web")):
-        pytest.importorskip("uvicorn", reason="the server needs its extra: pip install '.[server]'")
         with serving(shlex.split(command), place):
             return
+    if before and not (place / result).exists():
+        assert run(shlex.split(before), place).returncode == 0
     if ADDRESS in command:
         command = command.replace(ADDRESS, request.getfixturevalue("address"))
     if command.startswith("make "):
