@@ -161,15 +161,16 @@ def main() -> None:
     add("--threads", type=int, default=2)
     add("--output", type=Path, help="write the table to this file, too")
     arguments = parser.parse_args()
-    found = rows(arguments)
+    found, about = rows(arguments), machine()
     text = "\n".join(
         [
             "# Many chats at once",
             "",
             f"`{command_line()}`, {date.today().isoformat()}",
             "",
-            f"- {machine()}; {versions()}; {arguments.threads} threads",
-            f"- {arguments.batch} of {arguments.requests} answers at a time, 16 to 64 tokens each, greedy",
+            f"- {about['processor']}, {about['logical cores']} logical cores, {about['memory GB']} GB; {versions()}",
+            f"- threads: {arguments.threads}; {arguments.batch} of {arguments.requests} answers at a time, 16 to 64 tokens each, "
+            "greedy",
             f"- median of {arguments.rounds} rounds, and the ratio to one after another, round by round",
             "",
             table(["", "tokens/s", "of one after another"], found),
