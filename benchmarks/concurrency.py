@@ -169,8 +169,8 @@ def main() -> None:
             f"`{command_line()}`, {date.today().isoformat()}",
             "",
             f"- {about['processor']}, {about['logical cores']} logical cores, {about['memory GB']} GB; {versions()}",
-            f"- threads: {arguments.threads}; {arguments.batch} of {arguments.requests} answers at a time, 16 to 64 tokens each, "
-            "greedy",
+            f"- threads: {arguments.threads}; {arguments.batch} of {arguments.requests} answers at a time, "
+            "16 to 64 tokens each, greedy",
             f"- median of {arguments.rounds} rounds, and the ratio to one after another, round by round",
             "",
             table(["", "tokens/s", "of one after another"], found),
