@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -396,9 +397,22 @@ def test_the_output_tells_how_it_was_made(settings, data):
         "## Licence",
     ):
         assert part in text
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = (folder / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()
     assert [set(json.loads(line)) for line in lines] == [{"labels", "predict"}] * 6
+
+
+def test_the_losses_are_drawn(settings):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: install the extra 'train'")
+    quietly(settings)
+    assert (Path(settings.output) / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_run_says_so_and_goes_on(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = []
+    finetune(settings, progress=False, say=said.append)
+    assert "no picture of the loss without matplotlib" in said[-1]
+    assert "loss.png" not in (Path(settings.output) / "README.md").read_text(encoding="utf-8")
 
 
 def test_answers_are_scored_after_every_epoch(settings, data):

@@ -199,6 +199,8 @@ class _Run:
         progress: bool,
         say: Callable[[str], Any],
     ) -> None:
+        from transformers import PrinterCallback
+
         from chatglm.training.layout import Collator
         from chatglm.training.methods import training_dtype
         from chatglm.training.report import Outcome
@@ -206,7 +208,6 @@ class _Run:
             AfterEachEpoch,
             FinetuneTrainer,
             Progress,
-            ProgressCallback,
             StopAtNonsense,
             training_arguments,
         )
@@ -227,7 +228,7 @@ class _Run:
             data_collator=Collator(tokenizer.pad_token_id),
             callbacks=[StopAtNonsense(), *([Progress()] if progress else [])],
         )
-        self.trainer.remove_callback(ProgressCallback)
+        self.trainer.remove_callback(PrinterCallback)
         if settings.predict_every_epoch:
             self.trainer.add_callback(AfterEachEpoch(lambda epoch: self.predict(f"epoch {epoch}")))
 

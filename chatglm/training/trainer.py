@@ -60,6 +60,7 @@ def training_arguments(settings: Settings, device: torch.device, watched: bool) 
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
+        disable_tqdm=True,  # Progress shows the bar
         dataloader_pin_memory=device.type == "cuda",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several cards take accelerate launch, not DataParallel
