@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import stub_server
+from processes import OBEY_CTRL_C
 from stub_server import Stub, delta, error, event, raw_stream
 
 from chatglm.cli import main
@@ -127,6 +128,7 @@ def test_what_came_before_the_server_died_is_printed(stub: Stub, ask):
 def command(*arguments: str, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes["preexec_fn"] = OBEY_CTRL_C
     return subprocess.Popen(
         [sys.executable, "-m", "chatglm", "ask", *arguments], env=environment, **(pipes | options)
     )

@@ -75,7 +75,7 @@ def run(command: list[str], place: Path, text: str = "") -> subprocess.Completed
 
 
 BEFORE = {  # what a command needs the result of
-    "chatglm convert demo my-model --merge-adapter my-lora": (
+    "chatglm convert demo my-finetuned --merge-adapter my-lora": (
         "chatglm finetune demo --data train.json --output my-lora",
         "my-lora",
     ),

@@ -22,6 +22,7 @@ pytest.importorskip("fastapi", reason="the server needs the extra 'server'")
 
 import httpx
 from live_server import LiveServer, demo_loader, live_server, received, wait_until
+from processes import OBEY_CTRL_C
 
 from chatglm.cli import main, serve, web
 from chatglm.engine.request import EngineClosed
@@ -351,7 +352,7 @@ def start(*arguments: str, **environment: str) -> tuple[subprocess.Popen, str]:
     command = [sys.executable, "-m", "chatglm", "serve", "--port", "0", *arguments]
     process = subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, encoding="utf-8",
+        stderr=subprocess.STDOUT, encoding="utf-8", preexec_fn=OBEY_CTRL_C,
     )  # fmt: skip
     url, lines = "", []
     for line in process.stdout:
