@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING, fields
-from pathlib import Path
-from typing import Any
 
-from chatglm.training.settings import LEARNING_RATES, Settings, kind_of, make_settings
+from chatglm.cli.options import add_run_options, run_options
+from chatglm.training.settings import LEARNING_RATES, Settings
 
 EPILOG = """
 Examples:
@@ -22,52 +20,13 @@ GROUPS = {"data": "data", "method": "method", "learning_rate": "training", "logg
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML with the settings; flags win over it"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint in the output")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
-    group: Any = parser
-    for option in fields(Settings):
-        if option.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[option.name])
-        _add(group, option)
-
-
-def _add(group: Any, option: Any) -> None:
-    """The flag of a field of Settings; left out, it is absent from the namespace."""
-    kind, several, _ = kind_of(option.name)
-    name = f"--{option.name.replace('_', '-')}"
-    help, default = option.metadata["help"], option.default
-    if option.name == "learning_rate":
-        rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
-        help = f"the highest (default: {rates})"
-    elif default not in (None, "", (), False, MISSING):
-        help += f" (default: {default})"
-    more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
-    if kind is bool:
-        group.add_argument(name, action=argparse.BooleanOptionalAction, **more)
-        return
-    if option.name == "model":
-        group.add_argument("model", nargs="?", **more)
-        return
-    if several:
-        more |= {"nargs": "+", "metavar": "FILE" if kind is str and "data" in option.name else "NAME"}
-    elif not option.metadata.get("choices"):
-        more["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-    group.add_argument(name, type=kind, choices=option.metadata.get("choices"), **more)
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
+    add_run_options(parser, Settings, GROUPS, {"learning_rate": rates})
 
 
 def run(arguments: argparse.Namespace) -> None:
-    options = dict(vars(arguments))
-    options.pop("run")
-    config, resume, overwrite = (options.pop(name) for name in ("config", "resume", "overwrite"))
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    if resume and config is None and "output" in flags:
-        config = Path(flags["output"]) / "finetune.yaml"
-    settings = make_settings(config, flags).check()
+    settings, resume, overwrite = run_options(arguments, Settings, "finetune.yaml")
 
     from chatglm.training.finetune import finetune
 

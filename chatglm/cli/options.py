@@ -1,10 +1,17 @@
-"""Options that several commands have: which model, and how it is loaded; and what numbers they take."""
+"""Options that several commands have: which model, and how it is loaded; numbers; the settings of a training run."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from chatglm.find import MODEL_HELP
+
+if TYPE_CHECKING:
+    from chatglm.training.settings import Options
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -40,3 +47,64 @@ def share(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
     return float(text)
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser,
+    settings: type[Options],
+    groups: Mapping[str, str],
+    defaults: Mapping[str, str],
+) -> None:
+    """--config, --resume, --overwrite, and a flag for every field of `settings`.
+
+    A field named in `groups` begins a group of flags; `defaults` tells those that are no constant.
+    """
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML with the settings; flags win over it"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint in the output")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
+    group: Any = parser
+    for option in fields(settings):
+        if option.name in groups:
+            group = parser.add_argument_group(groups[option.name])
+        _add_setting(group, settings, option, defaults.get(option.name, ""))
+
+
+def _add_setting(group: Any, settings: type[Options], option: Any, default: str) -> None:
+    """The flag of a field of `settings`; left out, it is absent from the namespace."""
+    from chatglm.training.settings import kind_of
+
+    kind, several, _ = kind_of(settings, option.name)
+    name = f"--{option.name.replace('_', '-')}"
+    help = option.metadata["help"]
+    if not default and option.default not in (None, "", (), False, MISSING):
+        default = str(option.default)
+    if default:
+        help += f" (default: {default})"
+    more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
+    if kind is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **more)
+        return
+    if option.name == "model":
+        group.add_argument("model", nargs="?", **more)
+        return
+    if several:
+        more |= {"nargs": "+", "metavar": "FILE" if kind is str and "data" in option.name else "NAME"}
+    elif not option.metadata.get("choices"):
+        more["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+    group.add_argument(name, type=kind, choices=option.metadata.get("choices"), **more)
+
+
+def run_options(arguments: argparse.Namespace, settings: type[Options], file: str) -> tuple[Any, bool, bool]:
+    """(checked settings, resume, overwrite) of a command line; a run that is resumed brings its own in `file`."""
+    from chatglm.training.settings import make_settings
+
+    options = dict(vars(arguments))
+    options.pop("run")
+    config, resume, overwrite = (options.pop(name) for name in ("config", "resume", "overwrite"))
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    if resume and config is None and "output" in flags:
+        config = Path(flags["output"]) / file
+    return make_settings(config, flags, settings).check(), resume, overwrite

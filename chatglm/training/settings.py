@@ -12,9 +12,11 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+Chosen = TypeVar("Chosen", bound="Options")
 
 METHODS = ("lora", "ptuning", "full", "freeze")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,75 +24,92 @@ DTYPES = ("float32", "bfloat16", "float16")
 LEARNING_RATES = {"lora": 2e-4, "ptuning": 5e-3, "full": 2e-5, "freeze": 5e-5}
 
 
-def _option(help: str, default: Any = None, **more: Any) -> Any:
+def option(help: str, default: Any = None, **more: Any) -> Any:
+    """A field of settings: `choices` and bounds (`above`, `least`, `below`) are checked by `check`."""
     return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One run. Numbers of tokens count special ones as the published script did."""
+class Options:
+    """What the settings of every command that trains can do; `data` and `output` are asked for."""
 
-    model: str = _option("a folder, a Hub name (owner/model), demo or demo-v1", "demo")
-    revision: str | None = _option("branch, tag or commit of a Hub name")
-    output: str = _option("folder to write; refused if it holds something", "")
-    # data
-    data: tuple[str, ...] = _option("files to learn from: .json, .jsonl, .csv, .parquet", ())
-    eval_data: tuple[str, ...] = _option("files whose loss is watched", ())
-    probe: str | None = _option("file of general questions whose loss is watched too, or none")
-    prompt_column: str | None = _option("column of the questions")
-    response_column: str | None = _option("column of the answers")
-    history_column: str | None = _option("column of the rounds before, lists of [query, response]")
-    max_source_length: int = _option("tokens of a prompt; what is longer is cut", 1024, above=8)
-    max_target_length: int = _option("tokens of an answer; what is longer is cut", 128, above=4)
-    max_rows: int | None = _option("learn from the first rows alone", above=0)
-    max_eval_rows: int | None = _option("watch the first rows of the evaluation files alone", above=0)
-    every_turn: bool = _option("learn every answer of a conversation, not only the last", False)
-    packing: bool = _option("several rows in one sequence (ChatGLM2-6B)", False)
-    # method
-    method: str = _option("what is trained", "lora", choices=METHODS)
-    lora_rank: int = _option("rank of LoRA", 8, above=0)
-    lora_alpha: float | None = _option(
-        "scale of LoRA, divided by the rank (default: twice the rank)", above=0
-    )
-    lora_dropout: float = _option("dropout in front of LoRA", 0.0, least=0, below=1)
-    lora_target: tuple[str, ...] = _option("layers with LoRA, or all-linear (default: query_key_value)", ())
-    pre_seq_len: int = _option("length of the P-Tuning v2 prefix", 128, above=0)
-    prefix_projection: bool = _option("P-Tuning v2 with two layers behind the prefix", False)
-    freeze_layers: int = _option("last layers that freeze trains", 3, above=0)
-    quantize: int | None = _option("pack the base into so many bits (lora and ptuning)", choices=(8, 4))
-    device: str | None = _option("cpu, cuda, mps (default: the best there is)")
-    dtype: str | None = _option(
-        "what is computed in (default: float32 on a CPU, else bfloat16)", choices=DTYPES
-    )
-    # training
-    learning_rate: float | None = _option("the highest (default: by method, see the documentation)", above=0)
-    scheduler: str = _option(
-        "how it falls", "linear", choices=("linear", "cosine", "constant", "constant_with_warmup")
-    )
-    warmup: float = _option("share of the steps in which it rises first", 0.03, least=0, below=1)
-    weight_decay: float = _option("of AdamW", 0.0, least=0)
-    epochs: float = _option("passes over the data", 3.0, above=0)
-    max_steps: int | None = _option("steps instead of epochs", above=0)
-    batch_size: int = _option("rows that are computed together", 1, above=0)
-    accumulation: int = _option("batches that make up one step", 16, above=0)
-    gradient_checkpointing: bool = _option("compute more, keep less: for long rows and large models", False)
-    seed: int = _option("of shuffling, dropout and new weights", 0, least=0)
-    # watching
-    logging_steps: int = _option("steps between two points of the loss curve", 10, above=0)
-    eval_steps: int | None = _option(
-        "steps between two looks at the watched losses (default: each epoch)", above=0
-    )
-    save_steps: int = _option("steps between two checkpoints to resume from; two are kept", 500, above=0)
-    predict: bool = _option("answer the evaluation data at the end: BLEU-4, ROUGE", False)
-    predict_every_epoch: bool = _option("the same after each epoch too", False)
-
-    def check(self) -> Settings:
+    def check(self: Chosen) -> Chosen:
         """Returns itself; raises ValueError, naming field and value, for what cannot be."""
         for one in fields(self):
-            _check_value(one, getattr(self, one.name))
+            _check_value(type(self), one, getattr(self, one.name))
         for name in ("data", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name}, or {name} in the YAML file.")
+        return self
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if getattr(self, one.name) != one.default
+        }
+
+
+@dataclass(frozen=True)
+class Settings(Options):
+    """One run. Numbers of tokens count special ones as the published script did."""
+
+    model: str = option("a folder, a Hub name (owner/model), demo or demo-v1", "demo")
+    revision: str | None = option("branch, tag or commit of a Hub name")
+    output: str = option("folder to write; refused if it holds something", "")
+    # data
+    data: tuple[str, ...] = option("files to learn from: .json, .jsonl, .csv, .parquet", ())
+    eval_data: tuple[str, ...] = option("files whose loss is watched", ())
+    probe: str | None = option("file of general questions whose loss is watched too, or none")
+    prompt_column: str | None = option("column of the questions")
+    response_column: str | None = option("column of the answers")
+    history_column: str | None = option("column of the rounds before, lists of [query, response]")
+    max_source_length: int = option("tokens of a prompt; what is longer is cut", 1024, above=8)
+    max_target_length: int = option("tokens of an answer; what is longer is cut", 128, above=4)
+    max_rows: int | None = option("learn from the first rows alone", above=0)
+    max_eval_rows: int | None = option("watch the first rows of the evaluation files alone", above=0)
+    every_turn: bool = option("learn every answer of a conversation, not only the last", False)
+    packing: bool = option("several rows in one sequence (ChatGLM2-6B)", False)
+    # method
+    method: str = option("what is trained", "lora", choices=METHODS)
+    lora_rank: int = option("rank of LoRA", 8, above=0)
+    lora_alpha: float | None = option("scale of LoRA, divided by the rank (default: twice the rank)", above=0)
+    lora_dropout: float = option("dropout in front of LoRA", 0.0, least=0, below=1)
+    lora_target: tuple[str, ...] = option("layers with LoRA, or all-linear (default: query_key_value)", ())
+    pre_seq_len: int = option("length of the P-Tuning v2 prefix", 128, above=0)
+    prefix_projection: bool = option("P-Tuning v2 with two layers behind the prefix", False)
+    freeze_layers: int = option("last layers that freeze trains", 3, above=0)
+    quantize: int | None = option("pack the base into so many bits (lora and ptuning)", choices=(8, 4))
+    device: str | None = option("cpu, cuda, mps (default: the best there is)")
+    dtype: str | None = option(
+        "what is computed in (default: float32 on a CPU, else bfloat16)", choices=DTYPES
+    )
+    # training
+    learning_rate: float | None = option("the highest", above=0)
+    scheduler: str = option(
+        "how it falls", "linear", choices=("linear", "cosine", "constant", "constant_with_warmup")
+    )
+    warmup: float = option("share of the steps in which it rises first", 0.03, least=0, below=1)
+    weight_decay: float = option("of AdamW", 0.0, least=0)
+    epochs: float = option("passes over the data", 3.0, above=0)
+    max_steps: int | None = option("steps instead of epochs", above=0)
+    batch_size: int = option("rows that are computed together", 1, above=0)
+    accumulation: int = option("batches that make up one step", 16, above=0)
+    gradient_checkpointing: bool = option("compute more, keep less: for long rows and large models", False)
+    seed: int = option("of shuffling, dropout and new weights", 0, least=0)
+    # watching
+    logging_steps: int = option("steps between two points of the loss curve", 10, above=0)
+    eval_steps: int | None = option(
+        "steps between two looks at the watched losses (default: each epoch)", above=0
+    )
+    save_steps: int = option("steps between two checkpoints to resume from; two are kept", 500, above=0)
+    predict: bool = option("answer the evaluation data at the end: BLEU-4, ROUGE", False)
+    predict_every_epoch: bool = option("the same after each epoch too", False)
+
+    def check(self) -> Settings:
+        """Returns itself; raises ValueError, naming field and value, for what cannot be."""
+        super().check()
         if self.quantize and self.method in ("full", "freeze"):
             raise ValueError(
                 f"quantize is {self.quantize}, but packed weights cannot be trained by method {self.method!r}; take "
@@ -105,19 +124,11 @@ class Settings:
         """The highest learning rate, asked for or by method."""
         return self.learning_rate or LEARNING_RATES[self.method]
 
-    def chosen(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        return {
-            one.name: getattr(self, one.name)
-            for one in fields(self)
-            if getattr(self, one.name) != one.default
-        }
-
 
 @functools.cache
-def kind_of(name: str) -> tuple[type, bool, bool]:
-    """(type of a value, whether it is a list, whether it may be None) of a field of Settings."""
-    hint = typing.get_type_hints(Settings)[name]
+def kind_of(settings: type[Options], name: str) -> tuple[type, bool, bool]:
+    """(type of a value, whether it is a list, whether it may be None) of a field of `settings`."""
+    hint = typing.get_type_hints(settings)[name]
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return parts[0], True, False
@@ -125,8 +136,8 @@ def kind_of(name: str) -> tuple[type, bool, bool]:
     return (parts[0] if optional else hint), False, optional
 
 
-def _check_value(one: Any, value: Any) -> None:
-    kind, several, optional = kind_of(one.name)
+def _check_value(settings: type[Options], one: Any, value: Any) -> None:
+    kind, several, optional = kind_of(settings, one.name)
     if value is None and optional:
         return
     values = value if several and isinstance(value, tuple) else (value,)
@@ -154,8 +165,8 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The keys of a YAML file, as values of Settings. Raises OSError or ValueError, naming what is wrong."""
+def read_yaml(file: Path, settings: type[Options] = Settings) -> dict[str, Any]:
+    """The keys of a YAML file, as values of `settings`. Raises OSError or ValueError, naming what is wrong."""
     if not file.is_file():
         raise OSError(f"There is no file {file}; give a YAML file with the settings of the run.")
     try:
@@ -164,16 +175,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(keys, dict):
         raise ValueError(f"{file} holds no settings; write lines like 'method: lora'.")
-    return {name: _from_yaml(file, name, value) for name, value in keys.items()}
+    return {name: _from_yaml(file, settings, name, value) for name, value in keys.items()}
 
 
-def _from_yaml(file: Path, name: Any, value: Any) -> Any:
-    known = [one.name for one in fields(Settings)]
+def _from_yaml(file: Path, settings: type[Options], name: Any, value: Any) -> Any:
+    known = [one.name for one in fields(settings)]
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 1)
         meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
         raise ValueError(f"{file} has an unknown key {name!r}; {meant}")
-    kind, several, _ = kind_of(name)
+    kind, several, _ = kind_of(settings, name)
     if several and isinstance(value, str):
         return (value,)
     if several and isinstance(value, list):
@@ -186,12 +197,12 @@ def _from_yaml(file: Path, name: Any, value: Any) -> Any:
     return value
 
 
-def make_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
+def make_settings(config: Path | None, flags: Mapping[str, Any], settings: type[Chosen] = Settings) -> Chosen:
     """The settings of a YAML file, if there is one, and of flags, which win."""
-    return replace(Settings(), **(read_yaml(config) if config else {}) | dict(flags))
+    return replace(settings(), **(read_yaml(config, settings) if config else {}) | dict(flags))
 
 
-def to_yaml(settings: Settings) -> str:
+def to_yaml(settings: Options) -> str:
     """All that was chosen, as a file that `read_yaml` reads."""
     keys = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.chosen().items()}
     return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
