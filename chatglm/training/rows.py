@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from chatglm.training.files import Record, read_records
 
@@ -91,6 +91,9 @@ class Data:
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
+Kind = TypeVar("Kind", bound=Data)
+
+
 def read_data(
     files: Iterable[Path],
     prompt_column: str | None = None,
@@ -107,6 +110,25 @@ def read_data(
     Raises OSError for missing files, and ValueError for broken ones, columns that are not there (naming those that
     are), and files without any row.
     """
+
+    def reader(file: Path, records: Sequence[Record]) -> Callable[[Record], list[Row]]:
+        columns = find_columns(file, records, prompt_column, response_column, history_column)
+        return lambda record: _rows(record, columns, every_turn)
+
+    return collect(files, reader, most_rows, Data)
+
+
+def collect(
+    files: Iterable[Path],
+    reader: Callable[[Path, Sequence[Record]], Callable[[Record], list[Any]]],
+    most_rows: int | None,
+    kind: type[Kind],
+) -> Kind:
+    """The rows of the first `most_rows` records of all files.
+
+    `reader` looks at the records of a file and returns what makes rows of one, or raises ValueError with the reason
+    for which it is left out.
+    """
     problems, rows, number = Problems(), [], 0
     for file in files:
         records = read_records(file)
@@ -114,13 +136,13 @@ def read_data(
             records = records[: max(0, most_rows - number)]
             if not records:
                 break
-        columns = find_columns(file, records, prompt_column, response_column, history_column)
+        rows_of = reader(file, records)
         number += len(records)
         for record in records:
             reason = record.problem
             if not reason:
                 try:
-                    rows += _rows(record, columns, every_turn)
+                    rows += rows_of(record)
                 except ValueError as error:
                     reason = str(error)
             if reason:
@@ -130,7 +152,7 @@ def read_data(
         raise ValueError(
             f"{names}: there is nothing to learn; " + ("; ".join(problems.lines(3)) or "no rows") + "."
         )
-    return Data(rows, number, problems)
+    return kind(rows, number, problems)
 
 
 def find_columns(
@@ -163,9 +185,9 @@ def _rows(record: Record, columns: Columns, every_turn: bool) -> list[Row]:
     if columns.messages:
         history, query, answer = _from_messages(record.columns.get(columns.messages))
     else:
-        query = _filled(record, columns.prompt)
-        answer = _filled(record, columns.response)
-        history = _history(record, columns.history) if columns.history else ()
+        query = filled(record, columns.prompt)
+        answer = filled(record, columns.response)
+        history = history_of(record, columns.history) if columns.history else ()
     rounds = columns.history is not None
     last = Row(record.place, query, answer, history, rounds)
     if not every_turn:
@@ -174,7 +196,8 @@ def _rows(record: Record, columns: Columns, every_turn: bool) -> list[Row]:
     return [*before, last]
 
 
-def _filled(record: Record, name: str) -> str:
+def filled(record: Record, name: str) -> str:
+    """The text of a column; ValueError, with the reason, if there is none."""
     if name not in record.columns:
         raise ValueError(f"there is no {name}")
     value = record.columns[name]
@@ -185,7 +208,8 @@ def _filled(record: Record, name: str) -> str:
     return value
 
 
-def _history(record: Record, name: str) -> tuple[Turn, ...]:
+def history_of(record: Record, name: str) -> tuple[Turn, ...]:
+    """The rounds before, of a column with lists of [query, response], as JSON in a CSV file."""
     value = record.columns.get(name)
     if isinstance(value, str) and value.strip():  # CSV has no lists
         try:
