@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from chatglm.checkpoint import read_config, read_weight_file
@@ -20,12 +21,13 @@ from chatglm.hub.modeling_chatglm import PREFIX_DROPOUT, ChatGLMForConditionalGe
 from chatglm.hub.quantization import QuantizedLinear
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 from chatglm.loading import load
-from chatglm.training.settings import Settings, read_yaml
+from chatglm.training.settings import Settings
 from chatglm.weights.read import read_state
 
 PREFIX_FILE = "pytorch_model.bin"  # the name and format that the published code reads
 PREFIX = "transformer.prefix_encoder."
 ADAPTER_CONFIG = "adapter_config.json"
+RUN_FILES = ("finetune.yaml", "dpo.yaml", "rl.yaml")  # settings, as the commands write them
 
 
 def check_method(settings: Settings, config: dict[str, Any], device: torch.device) -> None:
@@ -94,21 +96,28 @@ def prepare(model: ChatGLMForConditionalGeneration, settings: Settings) -> Any:
 
 def add_lora(model: ChatGLMForConditionalGeneration, settings: Settings) -> Any:
     """`model` with new LoRA factors, which start without an effect. Packed layers take them too."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, lora_config(settings, "CAUSAL_LM")).train()
+    except ValueError as error:
+        raise ValueError(f"lora_target is {settings.lora_target!r}: {error}") from None
+
+
+def lora_config(settings: Settings, task_type: str) -> Any:
+    """PEFT's LoraConfig for these settings and a kind of model ("CAUSAL_LM", "SEQ_CLS")."""
+    from peft import LoraConfig
 
     target: Any = list(settings.lora_target) or None  # None: PEFT's own table, query_key_value
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if target == ["all-linear"] else target,
     )
     config._register_custom_module(packed_layers())
-    try:
-        return get_peft_model(model, config).train()
-    except ValueError as error:
-        raise ValueError(f"lora_target is {settings.lora_target!r}: {error}") from None
+    return config
 
 
 def packed_layers() -> dict[type, type]:
@@ -156,11 +165,11 @@ def save_prefix(model: ChatGLMForConditionalGeneration, folder: Path) -> None:
 def load_finetuned(
     folder: str | Path, base: str | Path | None = None, **loading: Any
 ) -> tuple[Any, ChatGLMTokenizer]:
-    """The model that `chatglm finetune` wrote into `folder`, ready to chat, and its tokenizer.
+    """The model that `chatglm finetune`, `dpo` or `rl` wrote into `folder`, ready to chat, and its tokenizer.
 
     Args:
         folder: LoRA adapter, P-Tuning prefix or checkpoint.
-        base: the model it was trained on; default is the one that finetune.yaml names. Checkpoints need none.
+        base: the model it was trained on; default is the one that the settings beside it name. Checkpoints need none.
         loading: device, dtype, quantize and so on, as `chatglm.load` takes them.
 
     Raises OSError and ValueError as `chatglm.load`.
@@ -189,4 +198,9 @@ def load_finetuned(
 
 
 def _base_of(folder: Path) -> str:
-    return read_yaml(folder / "finetune.yaml").get("model", Settings.model)
+    """The model that the settings of the run name: of `chatglm finetune`, `dpo` or `rl`."""
+    files = [folder / name for name in RUN_FILES if (folder / name).is_file()]
+    keys = yaml.safe_load(files[0].read_text(encoding="utf-8")) if files else None
+    if not isinstance(keys, dict):
+        raise OSError(f"{folder} does not tell its base (no {' or '.join(RUN_FILES)}); name it.")
+    return keys.get("model", Settings.model)
