@@ -98,6 +98,14 @@ def trained_state(output: str) -> dict[str, torch.Tensor]:
     return load_file(folder / name)
 
 
+def assert_same_weights(expected: str, actual: str) -> None:
+    """What was trained is the same, bit for bit."""
+    whole, other = trained_state(expected), trained_state(actual)
+    assert whole.keys() == other.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(other[name], tensor), name
+
+
 # ---- what each method writes
 
 
@@ -241,10 +249,27 @@ def test_a_run_that_was_stopped_and_resumed_ends_as_one_that_was_not(both, metho
     resumed = quietly(both, resume=True)
     assert not half_written.exists()
     assert resumed.curve("loss") == whole.curve("loss")
-    expected, actual = trained_state(str(tmp_path / "whole")), trained_state(both.output)
-    assert expected.keys() == actual.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
+    assert_same_weights(str(tmp_path / "whole"), both.output)
+
+
+def test_a_run_that_resumes_between_two_epochs_has_looked_at_everything_and_ends_the_same(
+    settings, tmp_path, monkeypatch
+):
+    watched = replace(
+        settings, lora_dropout=0.2, eval_data=settings.data, predict_every_epoch=True, save_steps=3
+    )
+    whole = quietly(replace(watched, output=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=5)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(watched)
+    resumed = quietly(watched, resume=True)
+    assert resumed.resumed_at == 3  # of six steps, three an epoch
+    for name in ("loss", "eval_data_loss"):
+        assert resumed.curve(name) == whole.curve(name)
+    assert list(resumed.scores) == ["epoch 1", "epoch 2"]
+    assert resumed.scores == whole.scores
+    assert_same_weights(str(tmp_path / "whole"), watched.output)
 
 
 def test_a_run_is_resumed_with_the_same_settings_and_data_only(settings, data):

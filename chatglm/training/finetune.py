@@ -14,10 +14,11 @@ from typing import Any
 from chatglm.checkpoint import Checkpoint, read_checkpoint
 from chatglm.find import find_checkpoint
 from chatglm.training.rows import Data, read_data
-from chatglm.training.settings import Settings, read_yaml, to_yaml
+from chatglm.training.settings import Options, Settings, read_yaml, to_yaml
 
 GENERAL_QUESTIONS = Path(__file__).with_name("probe.jsonl")
 SETTINGS_FILE, DATA_FILE = "finetune.yaml", "data.txt"
+PARTIAL = ".partial-"  # how folders begin that are moved into place, or removed, when they are whole
 
 
 def finetune(
@@ -48,7 +49,7 @@ def finetune(
     import transformers
 
     from chatglm.loading import default_device
-    from chatglm.training import methods, trainer
+    from chatglm.training import methods
 
     device = methods.torch.device(settings.device) if settings.device else default_device()
     methods.check_method(settings, checkpoint.config, device)
@@ -57,7 +58,7 @@ def finetune(
 
         check_scores()
     examples = lay_out(settings, checkpoint, data)
-    _tell_data(data, say)
+    tell_data(data, say)
     if resume:
         check_same_data(output, data)
 
@@ -67,36 +68,37 @@ def finetune(
         model, tokenizer = methods.load_base(settings, device)
         transformers.set_seed(settings.seed)
         model = methods.prepare(model, settings)
-        start = trainer.last_checkpoint(output) if resume else None
-        _begin(output, settings, data, overwrite and not resume)
+        start = go_on(output) if resume else None
+        if not resume:
+            begin(output, settings, data)
         run = _Run(settings, checkpoint, model, tokenizer, data, examples, device, progress, say)
         return run.train(start)
     finally:
         transformers.logging.set_verbosity(usual)
 
 
-def check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Raises OSError if the run must not write into `output`."""
+def check_output(output: Path, resume: bool, overwrite: bool, settings_file: str = SETTINGS_FILE) -> None:
+    """Raises OSError if the run must not write into `output`; `settings_file` tells runs of one kind."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OSError(f"{output} is no folder; choose another output.")
     filled = output.is_dir() and any(output.iterdir())
-    ours = (output / SETTINGS_FILE).is_file()
+    ours = (output / settings_file).is_file()
     if resume and not ours:
-        raise OSError(f"{output} holds no run to resume (no {SETTINGS_FILE}); leave out --resume.")
+        raise OSError(f"{output} holds no run to resume (no {settings_file}); leave out --resume.")
     if filled and not resume and not overwrite:
         raise OSError(
             f"{output} exists and is not empty; choose another output, --resume the run in it, or --overwrite it."
         )
     if filled and overwrite and not ours:
         raise OSError(
-            f"{output} holds other things than a finetuning run (no {SETTINGS_FILE}), so it is not replaced; choose "
+            f"{output} holds other things than a finetuning run (no {settings_file}), so it is not replaced; choose "
             "another output."
         )
 
 
-def check_same_run(output: Path, settings: Settings) -> None:
+def check_same_run(output: Path, settings: Options, settings_file: str = SETTINGS_FILE) -> None:
     """Raises ValueError if the run in `output` was asked for something else."""
-    before = Settings(**read_yaml(output / SETTINGS_FILE))
+    before = type(settings)(**read_yaml(output / settings_file, type(settings)))
     for name in before.chosen() | settings.chosen():
         old, new = getattr(before, name), getattr(settings, name)
         if old != new and name != "output":
@@ -163,7 +165,8 @@ def lay_out(settings: Settings, checkpoint: Checkpoint, data: dict[str, Data]) -
     return examples
 
 
-def _tell_data(data: dict[str, Data], say: Callable[[str], Any]) -> None:
+def tell_data(data: dict[str, Data], say: Callable[[str], Any]) -> None:
+    """Says how many rows there are, and what is wrong with the others."""
     from chatglm.training.report import data_lines
 
     for line in data_lines(data, places=3).splitlines():
@@ -176,12 +179,25 @@ def _data_report(data: dict[str, Data]) -> str:
     return data_lines(data, places=None) + "\n"
 
 
-def _begin(output: Path, settings: Settings, data: dict[str, Data], overwrite: bool) -> None:
-    if overwrite and output.is_dir():
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / DATA_FILE).write_text(_data_report(data), encoding="utf-8")
-    (output / SETTINGS_FILE).write_text(to_yaml(settings), encoding="utf-8")
+def begin(output: Path, settings: Options, data: dict[str, Data], settings_file: str = SETTINGS_FILE) -> None:
+    """Makes the folder, with what tells of the run in it; a run that dies before leaves what was there, or nothing."""
+    from chatglm.weights.write import complete_folder
+
+    if output.is_dir() and any(output.iterdir()):
+        old = output.rename(output.with_name(f".{output.name}.partial-{os.getpid()}"))
+        shutil.rmtree(old)  # if this is cut off, complete_folder removes the rest another time
+    with complete_folder(output, overwrite=False, needed=0) as folder:
+        (folder / DATA_FILE).write_text(_data_report(data), encoding="utf-8")
+        (folder / settings_file).write_text(to_yaml(settings), encoding="utf-8")
+
+
+def go_on(output: Path) -> Path | None:
+    """The checkpoint to go on after, if there is one; removes what a run that was killed left half-written."""
+    from chatglm.training.trainer import last_checkpoint
+
+    for half_written in output.glob(f"{PARTIAL}*"):
+        shutil.rmtree(half_written)
+    return last_checkpoint(output)
 
 
 class _Run:
@@ -208,6 +224,7 @@ class _Run:
             AfterEachEpoch,
             FinetuneTrainer,
             Progress,
+            SaveAfterLooking,
             StopAtNonsense,
             training_arguments,
         )
@@ -226,7 +243,7 @@ class _Run:
             train_dataset=examples["training"],
             eval_dataset=watched or None,
             data_collator=Collator(tokenizer.pad_token_id),
-            callbacks=[StopAtNonsense(), *([Progress()] if progress else [])],
+            callbacks=[StopAtNonsense(), SaveAfterLooking(), *([Progress()] if progress else [])],
         )
         self.trainer.remove_callback(PrinterCallback)
         if settings.predict_every_epoch:
@@ -241,13 +258,15 @@ class _Run:
         )
         if start:
             self.say(f"Going on after {start}.")
+            self.trainer.args.eval_on_start = False  # it was done when the run began
+            outcome.resumed_at = int(start.name.split("-")[1])
         began = time.perf_counter()
         self.trainer.train(resume_from_checkpoint=str(start) if start else None)
         outcome.seconds, outcome.steps = time.perf_counter() - began, self.trainer.state.global_step
         self._look_once_more()
-        outcome.log = self.trainer.state.log_history
         if settings.predict:
             self.predict("the last step")
+        outcome.log = self.trainer.state.log_history
         self._write()
         return outcome
 
@@ -267,14 +286,16 @@ class _Run:
         rows = self.data["evaluation"].rows
         expected = expected_answers(self.tokenizer, rows)
         answers = answer(self.model, self.tokenizer, rows, self.settings.max_target_length, self.progress)
-        self.outcome.scores[when] = score(expected, answers)
+        # In the log of the Trainer, so that they are in its checkpoints.
+        log = {"step": self.trainer.state.global_step, "after": when, "scores": score(expected, answers)}
+        self.trainer.state.log_history.append(log)
         write_predictions(self.output / "generated_predictions.txt", expected, answers)
 
     def _write(self) -> None:
         """Puts the result beside the checkpoints, whole or not at all, README.md last."""
         from chatglm.training.report import draw_losses, readme
 
-        with tempfile.TemporaryDirectory(dir=self.output, prefix=".partial-") as name:
+        with tempfile.TemporaryDirectory(dir=self.output, prefix=PARTIAL) as name:
             folder = Path(name)
             self._save(folder)
             text = readme(self.outcome, licence_of(self.checkpoint.folder))

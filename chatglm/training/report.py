@@ -14,7 +14,7 @@ import transformers
 
 from chatglm import __version__
 from chatglm.training.rows import Data
-from chatglm.training.settings import Settings
+from chatglm.training.settings import Options, Settings
 
 CURVES = {  # name in the log of the Trainer: name in the picture
     "loss": "training",
@@ -60,7 +60,7 @@ In Python, whatever the method: `chatglm.training.methods.load_finetuned("{folde
 ```
 
 {trained:,} parameters were trained, beside {parameters:,} of the base, with a learning rate of {rate:g} at most,
-in {steps} steps of {rows_per_step} {kind} each, {minutes:.1f} minutes on {device} in {dtype}.
+in {steps} steps of {rows_per_step} {kind} each, {minutes:.1f} minutes{since} on {device} in {dtype}.
 
 ## Data
 
@@ -100,14 +100,19 @@ class Outcome:
     trained: int = 0
     parameters: int = 0
     steps: int = 0
-    seconds: float = 0.0
+    resumed_at: int = 0  # step
+    seconds: float = 0.0  # since then
     data: dict[str, Data] = field(default_factory=dict)  # by what it is for
-    log: list[dict[str, Any]] = field(default_factory=list)
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # by when
+    log: list[dict[str, Any]] = field(default_factory=list)  # the Trainer's, with the scores of answers
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, loss) of one of CURVES."""
         return [(entry["step"], entry[name]) for entry in self.log if name in entry]
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The scores of answers to the evaluation data, by when they were given."""
+        return {entry["after"]: entry["scores"] for entry in self.log if "scores" in entry}
 
 
 def draw_losses(outcome: Outcome, file: Path) -> bool:
@@ -168,9 +173,9 @@ def data_lines(data: dict[str, Data], places: int | None = 5) -> str:
     return "\n".join(lines)
 
 
-def command_line(settings: Settings) -> str:
-    """`chatglm finetune` with the flags that were chosen."""
-    words = ["chatglm", "finetune", settings.model]
+def command_line(settings: Options, command: str = "finetune") -> str:
+    """`chatglm COMMAND` with the flags that were chosen."""
+    words = ["chatglm", command, settings.model]
     for name, value in settings.chosen().items():
         if name == "model":
             continue
@@ -202,6 +207,7 @@ def readme(outcome: Outcome, licence: str) -> str:
         rows_per_step=settings.batch_size * settings.accumulation,
         kind="packed sequences" if settings.packing else "rows",
         minutes=outcome.seconds / 60,
+        since=f" since it was resumed after step {outcome.resumed_at}" if outcome.resumed_at else "",
         device=outcome.device,
         dtype=outcome.dtype,
         data=data_lines(outcome.data),

@@ -20,6 +20,12 @@ from chatglm.training.settings import Settings
 class FinetuneTrainer(Trainer):
     """transformers' Trainer, saving a P-Tuning v2 prefix alone, as published, instead of the whole model."""
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Gives no more batches to a run that is resumed after its last step: Trainer would take another one."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.model.config.pre_seq_len:
             save_prefix(self.model, Path(output_dir or self.args.output_dir))
@@ -27,11 +33,18 @@ class FinetuneTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
 
-def training_arguments(settings: Settings, device: torch.device, watched: bool) -> TrainingArguments:
-    """`settings` in the words of transformers."""
+def training_arguments(
+    settings: Settings,
+    device: torch.device,
+    watched: bool,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
+    """`settings` in the words of transformers, and `more` that a `kind` of its arguments has."""
     dtype = training_dtype(settings, device)
     eval_strategy = "no" if not watched else "steps" if settings.eval_steps else "epoch"
-    arguments = TrainingArguments(
+    arguments = kind(
+        **more,
         output_dir=settings.output,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=max(settings.batch_size, 4),
@@ -99,6 +112,25 @@ class StopAtNonsense(TrainerCallback):
                 f"The loss became {loss} before step {state.global_step}; lower learning_rate (it is "
                 f"{args.learning_rate:g}), or take dtype bfloat16 or float32 if it is float16."
             )
+
+
+class SaveAfterLooking(TrainerCallback):
+    """Puts off a checkpoint at the end of an epoch until the watched losses were looked at and questions answered.
+
+    A run that resumes there begins the next epoch: what it missed of the old one would be missing for good, and the
+    random numbers of dropout would go on elsewhere.
+    """
+
+    put_off = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.put_off = control.should_save and state.epoch == round(state.epoch)
+        if self.put_off:
+            control.should_save = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.put_off:
+            control.should_save, self.put_off = True, False
 
 
 class AfterEachEpoch(TrainerCallback):
