@@ -438,4 +438,4 @@ def test_the_cache_has_the_size_that_is_told(talk: Conversation, start: Callable
     engine = start(talk.model, talk.tokenizer, max_batch=3, context=300)
     read(engine.submit(endless(talk, "你好")))
     used = sum(states.nbytes for layer in engine._buffers.layers for states in layer)
-    assert used == engine.most_cache_bytes
+    assert used == engine.facts.most_cache_bytes

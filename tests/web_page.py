@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-    from chatglm.engine.answer import Answer
+    from chatglm.engine.answer import Answer, GeneratedAnswer
     from chatglm.engine.request import Request
     from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
     from chatglm.server.settings import Settings
@@ -52,9 +52,9 @@ class ScriptedEngine:
         self._resumed = threading.Event()
 
     def submit(self, request: Request) -> Answer:
-        from chatglm.engine.answer import Answer
+        from chatglm.engine.answer import GeneratedAnswer
 
-        answer = Answer(request, self.tokenizer, wake=lambda: None)
+        answer = GeneratedAnswer(request, self.tokenizer, wake=lambda: None)
         self.requests.append(request)
         self.answers.append(answer)
         question = self.prompt(request).rpartition("问：")[2].removesuffix("\n\n答：")
@@ -80,7 +80,7 @@ class ScriptedEngine:
         for answer in self.answers:
             answer.cancel()
 
-    def _answer(self, answer: Answer, text: str) -> None:
+    def _answer(self, answer: GeneratedAnswer, text: str) -> None:
         from chatglm.engine.sampling import Chosen
 
         resumed = self._resumed

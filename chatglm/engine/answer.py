@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,26 +104,20 @@ class Answer:
     the context), "cancelled" or "error", with `error`. Times are those of `time.monotonic`.
     """
 
-    def __init__(self, request: Request, tokenizer: ChatGLMTokenizer, wake: Callable[[], None]) -> None:
+    def __init__(self, request: Request, wake: Callable[[], None]) -> None:
         self.request = request
         self.prompt_tokens, self.cached_tokens, self.completion_tokens = len(request.prompt), 0, 0
+        self.text = ""  # so far
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.cancelled = False
         self.submitted = time.monotonic()
         self.started: float | None = None
         self.ended: float | None = None
-        self._tokenizer, self._transcript = tokenizer, Transcript(tokenizer, request)
         self._wake = wake
         self._pieces: deque[Piece] = deque()
         self._changed = threading.Condition()
         self._watchers: list[Callable[[], None]] = []
-        self._held: list[TokenScore] = []
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return self._transcript.text
 
     def cancel(self) -> None:
         """End it with the token that is being computed; does nothing if it has ended."""
@@ -138,6 +133,13 @@ class Answer:
                 return
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
+        async with aclosing(self.gathered()) as gathered:
+            async for pieces in gathered:
+                for piece in pieces:
+                    yield piece
+
+    async def gathered(self) -> AsyncIterator[list[Piece]]:
+        """Its pieces, all those together that are there when the next are asked for."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:
@@ -151,8 +153,8 @@ class Answer:
             while True:
                 await changed.wait()
                 changed.clear()
-                for piece in self._waiting_pieces():
-                    yield piece
+                if pieces := list(self._waiting_pieces()):
+                    yield pieces
                 if self.finish_reason and not self._pieces:
                     return
         finally:
@@ -163,7 +165,36 @@ class Answer:
         while self._pieces:
             yield self._pieces.popleft()
 
-    # ---- the engine's side
+    # ---- the side of whoever makes it
+
+    def give(self, piece: Piece) -> None:
+        """Hand out new text."""
+        self.started = self.started or time.monotonic()
+        with self._changed:
+            self.text += piece.text
+            self._pieces.append(piece)
+            self._tell()
+
+    def end(self, reason: str, error: Exception | None = None) -> None:
+        """Say why it ended."""
+        self.error, self.ended = error, time.monotonic()
+        with self._changed:
+            self.finish_reason = reason
+            self._tell()
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        for tell in self._watchers:
+            tell()
+
+
+class GeneratedAnswer(Answer):
+    """An answer made from the tokens that a model chooses."""
+
+    def __init__(self, request: Request, tokenizer: ChatGLMTokenizer, wake: Callable[[], None]) -> None:
+        super().__init__(request, wake)
+        self._tokenizer, self._transcript = tokenizer, Transcript(tokenizer, request)
+        self._held: list[TokenScore] = []
 
     def put(self, chosen: Chosen) -> bool:
         """Take the next token; returns whether a stop string has ended the answer."""
@@ -174,30 +205,19 @@ class Answer:
             top = tuple((i, self._token_text(i), p) for i, p in chosen.top)
             self._held.append(TokenScore(chosen.id, self._token_text(chosen.id), chosen.logprob, top))
         if text:
-            self._give(text)
+            self._give_text(text)
         return self._transcript.stopped
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """Give out what was held back, and say why it ended."""
         rest = self._transcript.finish()
         if rest or self._held:
-            self._give(rest)
-        self.error, self.ended = error, time.monotonic()
-        with self._changed:
-            self.finish_reason = reason
-            self._tell()
+            self._give_text(rest)
+        super().end(reason, error)
 
-    def _give(self, text: str) -> None:
-        piece = Piece(text, tuple(self._held))
-        self._held = []
-        with self._changed:
-            self._pieces.append(piece)
-            self._tell()
-
-    def _tell(self) -> None:
-        self._changed.notify_all()
-        for tell in self._watchers:
-            tell()
+    def _give_text(self, text: str) -> None:
+        piece, self._held = Piece(text, tuple(self._held)), []
+        self.give(piece)
 
     def _token_text(self, token: int) -> str:
         return self._tokenizer.token_bytes(token).decode(errors="replace")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chatglm.engine.answer import Answer
+from chatglm.engine.answer import Answer, GeneratedAnswer
 from chatglm.engine.guide import JsonGuides
 from chatglm.engine.request import EngineClosed, QueueFull, Request, check_request
 from chatglm.engine.rows import Rows
@@ -49,6 +49,17 @@ class Statistics:
     failed: int = 0
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What an engine tells of its model."""
+
+    context: int  # tokens of prompt and answer together
+    bytes: int  # of the weights as they lie in memory
+    most_cache_bytes: int  # of the cache when every conversation has filled the context
+    dtype: str
+    device: str
+
+
 @dataclass(eq=False)
 class Row:
     """A row of the buffers: the tokens that it holds, and the request that it works for."""
@@ -67,7 +78,7 @@ class Row:
 class Job:
     """A request at work in its row."""
 
-    answer: Answer
+    answer: GeneratedAnswer
     chooser: Chooser
     most: int  # tokens of the answer
     token: int | None = None  # the one chosen last, which is not in the row yet
@@ -95,7 +106,7 @@ class Engine:
         context: most tokens of prompt and answer together; None: as `chat` has it, 2048 for ChatGLM-6B and 8192 for
             ChatGLM2-6B, or what the model was made for if that is less.
 
-    The cache takes at most `most_cache_bytes`, which are used as prompts and answers need them.
+    The cache takes at most `facts.most_cache_bytes`, which are used as prompts and answers need them.
     """
 
     def __init__(
@@ -113,7 +124,7 @@ class Engine:
             raise ValueError(f"context is {context}, but this model was made for 2 to {longest} tokens.")
         if max_batch < 1 or max_queue < 0:
             raise ValueError(f"max_batch is {max_batch} and max_queue {max_queue}; give 1 and 0 at least.")
-        self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
+        self.model, self.tokenizer, self.config, self.max_queue = model, tokenizer, model.config, max_queue
         self._rows = [Row() for _ in range(max_batch)]
         self._buffers = Rows(model, max_batch, self.context)
         self._step = model.one_token_step()
@@ -121,7 +132,7 @@ class Engine:
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
         self._guides: JsonGuides | None = None
-        self._waiting: deque[Answer] = deque()
+        self._waiting: deque[GeneratedAnswer] = deque()
         self._embeddings: deque[Embedding] = deque()
         self._statistics, self._seconds = Statistics(), 1.0  # of an answer, a running mean
         self._closing, self._stopped = False, False
@@ -130,9 +141,21 @@ class Engine:
         self._thread.start()
 
     @property
-    def most_cache_bytes(self) -> int:
-        """Memory of the cache when a conversation has filled the context."""
-        return self._buffers.most_bytes
+    def facts(self) -> Facts:
+        """What the model is like, and how much memory it takes."""
+        model = self.model
+        return Facts(
+            context=self.context,
+            bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+            most_cache_bytes=self._buffers.most_bytes,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closing
 
     def submit(self, request: Request) -> Answer:
         """Queue a request; its answer can be read at once, and grows.
@@ -142,7 +165,7 @@ class Engine:
         self._check(request)
         if request.json and self._guides is None:
             self._guides = JsonGuides(self.tokenizer, sorted(self._ends))
-        answer = Answer(request, self.tokenizer, self._wake)
+        answer = GeneratedAnswer(request, self.tokenizer, self._wake)
         with self._changed:
             if self._closing:
                 raise EngineClosed
@@ -248,7 +271,7 @@ class Engine:
             except Exception as error:  # of whatever kind: the engine goes on with the next request
                 self._finish(answer, "error", error)
 
-    def _begin(self, answer: Answer) -> None:
+    def _begin(self, answer: GeneratedAnswer) -> None:
         request = answer.request
         row, kept = self._row_for(request.prompt)
         guide = self._guides.new() if request.json and self._guides else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,10 @@ from chatglm.server.schemas import Message
 from chatglm.server.settings import Settings
 
 if TYPE_CHECKING:
+    from chatglm.checkpoint import Checkpoint
+    from chatglm.engine.cluster import Scale
     from chatglm.engine.engine import Engine
+    from chatglm.engine.replicas import ReplicaEngine
     from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
 
@@ -21,7 +25,7 @@ class Model:
     """A model in its engine, and what is told of it."""
 
     id: str
-    engine: Engine
+    engine: Engine | ReplicaEngine
     tokenizer: ChatGLMTokenizer
     family: str  # "chatglm" or "chatglm2"
     parameters: int
@@ -81,37 +85,57 @@ def load_model(
     name: str,
     settings: Settings,
     revision: str | None = None,
+    scale: Scale | None = None,
     **loading: Any,
 ) -> Model:
     """Loads a model as `chatglm.load` does and starts its engine.
 
-    `name` is "demo", "demo-v1", a folder or a Hub name; `loading` are device, dtype and quantize.
+    `name` is "demo", "demo-v1", a folder or a Hub name; `loading` are device, dtype and quantize. With `scale`, Ray
+    runs copies of the model in processes of their own.
     """
     from chatglm.checkpoint import read_checkpoint
-    from chatglm.engine.engine import Engine
     from chatglm.find import find_checkpoint
     from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
-    from chatglm.loading import load
 
     checkpoint = read_checkpoint(find_checkpoint(name, revision))
-    model, tokenizer = load(checkpoint.folder, **loading)
-    engine = Engine(model, tokenizer, settings.max_batch, settings.max_queue, settings.max_context)
-    defaults = CHAT_DEFAULTS[model.config.family]
+    make = _engine_here if scale is None else partial(_engine_of_replicas, scale=scale)
+    engine = make(checkpoint, (settings.max_batch, settings.max_queue, settings.max_context), loading)
+    family, facts = engine.config.family, engine.facts
+    defaults = CHAT_DEFAULTS[family]
     return Model(
         id=model_id(name),
         engine=engine,
-        tokenizer=tokenizer,
-        family=model.config.family,
+        tokenizer=engine.tokenizer,
+        family=family,
         parameters=checkpoint.sizes.parameters,
-        bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
-        temperature=0.0
-        if name in OURS
-        else defaults["temperature"],  # so small a model knows one answer at most
+        bytes=facts.bytes,
+        dtype=facts.dtype,
+        device=facts.device,
+        # So small a model knows one answer at most.
+        temperature=0.0 if name in OURS else defaults["temperature"],
         top_p=defaults["top_p"],
         max_length=min(defaults["max_length"], engine.context),
     )
+
+
+def _engine_here(checkpoint: Checkpoint, places: tuple[int, int, int | None], loading: Any) -> Engine:
+    from chatglm.engine.engine import Engine
+    from chatglm.loading import load
+
+    model, tokenizer = load(checkpoint.folder, **loading)
+    return Engine(model, tokenizer, *places)
+
+
+def _engine_of_replicas(
+    checkpoint: Checkpoint, places: tuple[int, int, int | None], loading: Any, scale: Scale
+) -> ReplicaEngine:
+    from chatglm.engine.replicas import ReplicaEngine
+    from chatglm.hub.configuration_chatglm import ChatGLMConfig
+    from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
+
+    tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint.folder)
+    config = ChatGLMConfig.from_dict(dict(checkpoint.config))
+    return ReplicaEngine(str(checkpoint.folder.resolve()), tokenizer, config, loading, scale, *places)
 
 
 def model_id(name: str) -> str:
