@@ -14,6 +14,7 @@ from chatglm.cli.options import add_model_options, whole_number
 from chatglm.find import find_checkpoint
 
 if TYPE_CHECKING:
+    from chatglm.engine.cluster import Scale
     from chatglm.server.model import Model
     from chatglm.server.settings import Settings
 
@@ -26,6 +27,7 @@ Examples:
   chatglm serve
   chatglm serve THUDM/chatglm2-6b --quantize 4
   chatglm serve --host 0.0.0.0 --api-key-file keys.txt
+  chatglm serve THUDM/chatglm-6b --ray --replicas 4
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"model": "demo", "messages": [{"role": "user", "content": "hello"}]}'
 
@@ -89,6 +91,22 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for answers when it ends (default: 30)",
     )
+    add(
+        "--ray",
+        action="store_true",
+        help="run copies of the model with Ray Serve, here or on a cluster (docs/scaling.md)",
+    )
+    add(
+        "--replicas",
+        type=replicas,
+        metavar="N",
+        help="with --ray: how many copies, or how few and how many, such as 1-4 (default: 1)",
+    )
+    add(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="with --ray: the cluster to run them on (default: this machine alone)",
+    )
     add("--log-prompts", action="store_true", help="write what people ask into the log")
 
 
@@ -111,10 +129,15 @@ def serve_model(arguments: argparse.Namespace, listening: Callable[[str], None])
         print(f"Loading {arguments.model} ...", flush=True)
         listening(url)
 
-    serve(lambda: _load(arguments, checkpoint, settings), settings, arguments.host, arguments.port, tell)
+    scale = scale_from(arguments, checkpoint)
+    serve(
+        lambda: _load(arguments, checkpoint, settings, scale), settings, arguments.host, arguments.port, tell
+    )
 
 
-def _load(arguments: argparse.Namespace, checkpoint: Checkpoint, settings: Settings) -> Model:
+def _load(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, settings: Settings, scale: Scale | None
+) -> Model:
     """Loads the model of the command line, and tells what it is and needs."""
     import torch
     import transformers
@@ -124,23 +147,44 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint, settings: Setti
 
     if checkpoint.sizes.parameters < LARGE:
         transformers.utils.logging.disable_progress_bar()
-    if checkpoint.sizes.parameters < SMALL:
+    if scale is None and checkpoint.sizes.parameters < SMALL:
         torch.set_num_threads(1)
     options = {name: getattr(arguments, name) for name in ("device", "dtype", "quantize")}
     try:
-        model = load_model(arguments.model, settings, arguments.revision, **options)
+        model = load_model(arguments.model, settings, arguments.revision, scale, **options)
     except torch.OutOfMemoryError:
         raise MemoryError(
             "The memory of the device is used up; try --quantize 4, a smaller --max-batch or --max-context, or "
             "--device cpu, and see what chatglm info tells."
         ) from None
-    cache = readable(model.engine.most_cache_bytes)
+    cache = readable(model.engine.facts.most_cache_bytes)
+    copies = f" in {_count(scale)}" if scale else ""
     print(
-        f"{model.id} is ready: {model.parameters:,} parameters, {model.dtype} on {model.device}; "
+        f"{model.id} is ready{copies}: {model.parameters:,} parameters, {model.dtype} on {model.device}; "
         f"{settings.max_batch} conversations of {model.engine.context} tokens take {cache} more at most.",
         flush=True,
     )
     return model
+
+
+def _count(scale: Scale) -> str:
+    """As in "2 replicas"."""
+    number = f"{scale.least}" if scale.least == scale.most else f"{scale.least} to {scale.most}"
+    return f"{number} replica{'s' if scale.most > 1 else ''} with Ray Serve"
+
+
+def scale_from(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Scale | None:
+    """The copies that the options ask for; ValueError or OSError with a sentence where they cannot be."""
+    if not arguments.ray:
+        if arguments.replicas or arguments.ray_address:
+            raise ValueError("--replicas and --ray-address belong to --ray; give that too.")
+        return None
+    from chatglm.engine.cluster import Scale, import_ray
+
+    import_ray(local=arguments.ray_address is None)
+    least, most = arguments.replicas or (1, 1)
+    threads = 1 if checkpoint.sizes.parameters < SMALL else None
+    return Scale(least, most, arguments.ray_address, threads)
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
@@ -207,6 +251,15 @@ def port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
+
+
+def replicas(text: str) -> tuple[int, int]:
+    """A number of copies, or the bounds of it."""
+    least, _, most = text.partition("-")
+    most = most or least
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor two, such as 1-4")
+    return int(least), int(most)
 
 
 def seconds(text: str) -> float:
