@@ -142,7 +142,8 @@ class RotaryEmbedding(nn.Module):
         return angles.cos().to(dtype), sines.to(dtype)
 
     def _angles(self, position: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return position.to(dtype)[..., None] * self.inv_freq.to(dtype)
+        # The published device maps do not name this module, so it may lie elsewhere.
+        return position.to(dtype)[..., None] * self.inv_freq.to(position.device, dtype)
 
 
 def rotate(
@@ -445,6 +446,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self._refuse_causal_only_attention(config._attn_implementation)
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong; of an embedding that is offloaded, where it computes."""
+        device = super().device
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None) if device.type == "meta" else None
+        return device if hook is None else torch.device(hook.execution_device)
+
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         self._refuse_causal_only_attention(attn_implementation)
         super().set_attn_implementation(attn_implementation, **kwargs)
@@ -731,7 +739,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         all_hidden_states, all_attentions = (hidden_states,), ()
         for i, block in enumerate(self.blocks):
             key_and_value = prefix[i] if prefix else ()  # by place: reentrant checkpointing sees only these
+            device = hidden_states.device
             hidden_states, weights = block(hidden_states, *key_and_value, **kwargs)
+            if hidden_states.device != device:
+                kwargs = to_device(kwargs, hidden_states.device)  # once for all layers there, not for each
+            if prefix and key_and_value[0].device != hidden_states.device:
+                prefix[i] = tuple(states.to(hidden_states.device) for states in key_and_value)
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
             all_attentions += (weights,)
@@ -951,6 +964,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if past_key_values is not None and not self.training:
             past_key_values.glm_prefix = prefix
         return prefix
+
+
+def to_device(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What all layers share (rotary tables, the mask) on `device`; a cache stays, each layer has its own part."""
+    rotary, mask = kwargs["rotary"], kwargs["attention_mask"]
+    rotary = tuple(table.to(device) for table in rotary)
+    return {**kwargs, "rotary": rotary, "attention_mask": None if mask is None else mask.to(device)}
 
 
 def can_step(model: ChatGLMForConditionalGeneration) -> bool:

@@ -185,8 +185,9 @@ class Prepackable(nn.Module):
 
     def prepack(self) -> None:
         """Bring the weight into the fastest layout that this machine has for it."""
+        offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)  # here for this call alone
         with self._lock:
-            if self.packed is None and not self.training and self.weight.device.type == "cpu":
+            if self.packed is None and not (self.training or offloaded) and self.weight.device.type == "cpu":
                 packed = self.faster_weight()
                 if packed is not None:
                     self.number = register(packed)
@@ -377,6 +378,12 @@ def quantize(model: nn.Module, bits: int, group_size: int | None = None) -> nn.M
         if name in QUANTIZED_LAYERS and isinstance(child, nn.Linear)
     ]
     for module, name in found:  # before anything is changed
+        hook = getattr(getattr(module, name), "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            raise ValueError(
+                f"quantize packs what lies in memory, but {name} is offloaded; load the model packed instead, with "
+                "quantization_config, or from a folder that `chatglm convert` packed."
+            )
         check_packing(bits, group_size, columns=getattr(module, name).in_features)
     for module, name in found:
         setattr(module, name, QuantizedLinear.from_linear(getattr(module, name), bits, group_size))
@@ -497,10 +504,20 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: ChatGLMQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, pre_quantized=False)
-        self.problem = ""
+        self.problem, self.packs = "", False
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """ValueError for layers to pack that shall stay on disk: they would be read from the file, unpacked."""
+        if self.packs and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map leaves layers on disk, where only a folder that is packed already can be read from; pack "
+                "it first (chatglm convert SOURCE DEST --quantize 4) and load that."
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         wanted = self.quantization_config
+        self.packs = not model.config.quantization_bit
+        self.validate_environment(device_map=device_map)  # one that is worked out comes later
         if model.config.quantization_bit:
             check_same_packing(model.config, wanted)
         model.quantize(wanted.bits, wanted.quantize_embeddings, wanted.group_size)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chatglm.auto import register
+    from chatglm.devices import load_model_on_gpus
     from chatglm.loading import load
 
-__all__ = ["__version__", "load", "register"]
+__all__ = ["__version__", "load", "load_model_on_gpus", "register"]
 __version__ = "0.1.0"
 
 
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from chatglm.loading import load
 
         return load
+    if name == "load_model_on_gpus":
+        from chatglm.devices import load_model_on_gpus
+
+        return load_model_on_gpus
     if name == "register":
         from chatglm.auto import register
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError  # the error alone: nothing is unpickled here
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.quantization import ChatGLMQuantizationConfig
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
+# Devices that share one model, as `device_map` of transformers names them.
+SPREAD = ("auto", "balanced")
 # Above this many parameters float32 on a CPU costs more memory than most machines have.
 LARGE = 1_000_000_000
 
@@ -30,7 +33,8 @@ def load(
 
     Args:
         name: "demo" or "demo-v1", which ship with this package, a folder, or a Hub name.
-        device: default is the first there is of "cuda", "mps", "cpu".
+        device: default is the first there is of "cuda", "mps", "cpu"; "auto" spreads a model that one GPU
+            cannot hold over all of them, then the memory, then the disk, "balanced" evenly over all GPUs.
         dtype: "float32", "float16", "bfloat16" or the torch dtype; None: see default_dtype.
         quantize: 8 or 4 packs the weights of the linear layers into so many bits while they load, so
             that the memory holds the packed model and little more.
@@ -49,28 +53,33 @@ def load(
     if group_size and not quantize:
         raise ValueError(f"group_size is {group_size!r}, but nothing is packed; give quantize=4 too.")
     packing = ChatGLMQuantizationConfig(quantize, group_size) if quantize else None
-    device = _device(device)
+    spread = device if device in SPREAD else None
+    device = _device(None if spread else device)
     dtype = _dtype(dtype)
     checkpoint = read_checkpoint(find_checkpoint(name, revision))
     tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint.folder)
+    model = load_weights(
+        checkpoint,
+        dtype=dtype or default_dtype(device, checkpoint),
+        quantization_config=packing,
+        # Packing on MPS is untested.
+        device_map=spread or {"": "cpu" if packing and device.type != "cuda" else device},
+    )
+    model = model.eval() if spread else model.to(device).eval()
+    return model.prepack() if device.type == "cpu" else model, tokenizer
+
+
+def load_weights(checkpoint: Checkpoint, **options: Any) -> ChatGLMForConditionalGeneration:
+    """The model of a checkpoint that was read, with `options` of `from_pretrained`."""
     # The checked keys of config.json, not the file, so that nothing in it can name code.
     config = ChatGLMConfig.from_dict(dict(checkpoint.config))
     try:
-        model = ChatGLMForConditionalGeneration.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=dtype or default_dtype(device, checkpoint),
-            quantization_config=packing,
-            # Packing on MPS is untested.
-            device_map={"": "cpu" if packing and device.type != "cuda" else device},
-        )
+        return ChatGLMForConditionalGeneration.from_pretrained(checkpoint.folder, config=config, **options)
     except UnpicklingError:
         raise ValueError(
             f"A .bin file in {checkpoint.folder} is damaged or holds more than tensors, which could "
             "run code; take safetensors files, or the .bin files of a source you trust."
         ) from None
-    model = model.to(device).eval()
-    return model.prepack() if device.type == "cpu" else model, tokenizer
 
 
 def default_device() -> torch.device:
@@ -98,7 +107,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device is {device!r}; give cpu, cuda, cuda:1, mps or the like.") from None
+        raise ValueError(f"device is {device!r}; give cpu, cuda, cuda:1, mps, auto or the like.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device is {str(device)!r} but torch sees {torch.cuda.device_count()} CUDA devices; "

@@ -24,7 +24,10 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """--revision, --device, --dtype and --quantize, as `chatglm.load` takes them."""
     add = parser.add_argument
     add("--revision", help="branch, tag or commit of a Hub name (default: main)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the first there is of cuda, mps, cpu)")
+    add(
+        "--device",
+        help="cpu, cuda, cuda:1, mps, or auto: all of them share the model (default: the first of cuda, mps, cpu)",
+    )
     own = "the checkpoint's own; on a CPU float32, or bfloat16 from a billion parameters on"
     dtypes = ["float32", "float16", "bfloat16"]
     add("--dtype", choices=dtypes, help=f"what it computes in (default: {own})")
