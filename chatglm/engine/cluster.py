@@ -145,10 +145,10 @@ class Cluster:
 
                 serve.delete(self._name)
             self._ray.shutdown()
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
             self._closed.set()
             atexit.unregister(self.close)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def import_ray(local: bool) -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -95,14 +96,22 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, listening: Callable[[], None]) -> None:
         super().__init__(config)
-        self.service, self._listening = service, listening
+        self.service, self._listening, self._took_signals = service, listening, False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._listening()
 
     async def on_tick(self, counter: int) -> bool:
+        if self.service.settled.is_set() and not self._took_signals:
+            self._take_signals()
         return await super().on_tick(counter) or self.service.failure is not None
+
+    def _take_signals(self) -> None:
+        """Takes SIGTERM back from Ray, which, once started, prints its stack as if something had failed."""
+        self._took_signals = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         patience, answers = self.service.settings.patience, self.service.answers()
