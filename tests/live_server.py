@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
+import psutil
 
 from chatglm.server.model import Model
 from chatglm.server.run import Server, listen, make_server
@@ -79,6 +80,13 @@ class LiveServer:
     def idle(self) -> bool:
         statistics = self.model.engine.statistics()
         return statistics.running == statistics.waiting == 0
+
+    def waiting(self) -> int:
+        return self.model.engine.statistics().waiting
+
+    def memory(self) -> int:
+        """Bytes that this process has in memory."""
+        return psutil.Process().memory_info().rss
 
 
 def received(connection: socket.socket) -> bytes:
