@@ -2,6 +2,9 @@
 
     python -m benchmarks.concurrency [--models demo demo-v1] [--batch 8] [--rounds 5]
     python -m benchmarks.concurrency --shape chatglm2-6b --layers 4 --path int4/torch
+    python -m benchmarks.concurrency --models demo --threads 1 --replicas 2
+
+With --replicas, copies of the model with Ray Serve are measured too, each with so many places and threads.
 
 Greedy answers of fixed lengths between 16 and 64 tokens. At once means that all are asked and so many are answered at
 a time. The ways take turns in one process, and ratios are taken round by round.
@@ -89,6 +92,20 @@ def continuous_way(
     return manager, run
 
 
+def replicas_of(name: str, model: Any, tokenizer: Any, arguments: argparse.Namespace, queue: int) -> Any:
+    """Copies of one of our models in processes that Ray starts."""
+    from chatglm.engine.cluster import Scale, import_ray
+    from chatglm.find import OURS
+
+    import_ray(local=True)
+    from chatglm.engine.replicas import ReplicaEngine
+
+    copies, threads = arguments.replicas, arguments.threads
+    scale = Scale(copies, copies, threads=threads)
+    folder, loading = str(OURS[name]), {"device": "cpu"}
+    return ReplicaEngine(folder, tokenizer, model.config, loading, scale, arguments.batch, queue)
+
+
 def measure(name: str, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> list[list[str]]:
     """A row of the table for every way."""
     from chatglm.engine.engine import Engine
@@ -104,6 +121,12 @@ def measure(name: str, model: Any, tokenizer: Any, arguments: argparse.Namespace
     manager = None
     if model.reads_forward and not arguments.shape:
         manager, ways[THEIRS] = continuous_way(copy.deepcopy(model), work, arguments.batch)
+    replicas = None
+    if arguments.replicas and not arguments.shape:
+        replicas = replicas_of(name, model, tokenizer, arguments, len(work))
+        ways[f"{arguments.replicas} replicas with Ray Serve, at once"] = lambda: engine_way(
+            replicas, work, end, len(work)
+        )
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for run in ways.values():
         run()  # the first pass pays for packing and pages
@@ -115,6 +138,8 @@ def measure(name: str, model: Any, tokenizer: Any, arguments: argparse.Namespace
     engine.close()
     if manager is not None:
         manager.stop()
+    if replicas is not None:
+        replicas.close()
     return [[f"{name}: {way}", *_figures(rates[way], rates[ONE])] for way in ways]
 
 
@@ -159,6 +184,7 @@ def main() -> None:
     add("--requests", type=int, default=56)
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=2)
+    add("--replicas", type=int, default=0, help="so many copies with Ray Serve, too")
     add("--output", type=Path, help="write the table to this file, too")
     arguments = parser.parse_args()
     found, about = rows(arguments), machine()
