@@ -159,6 +159,7 @@ class ChatGLMConfig(PreTrainedConfig):
         if kwargs.get("auto_map"):
             kwargs["auto_map"] = complete_auto_map(kwargs["auto_map"])
         super().__init__(**kwargs)
+        self.base_model_tp_plan = tensor_parallel_plan(self)
         self.check()
 
     @classmethod
@@ -193,6 +194,11 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.family == CHATGLM:
             return self.hidden_size // self.num_attention_heads
         return self.kv_channels
+
+    @property
+    def key_value_heads_are_shared(self) -> bool:
+        """Whether `query_key_value` is laid out by kind, [all q | few k | few v], else head by head."""
+        return self.family == CHATGLM2 and self.multi_query_attention
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of the published config.json, and `num_key_value_heads`."""
@@ -236,6 +242,43 @@ def complete_auto_map(published: dict[str, str]) -> dict[str, str]:
     """Add the Auto classes that older config.json files do not name yet; code in another repository stays there."""
     repository, separator, _ = str(published.get("AutoConfig", "")).rpartition("--")
     return {auto: f"{repository}{separator}{name}" for auto, name in AUTO_MAP.items()} | published
+
+
+def tensor_parallel_plan(config: ChatGLMConfig) -> dict[str, str]:
+    """How processes share each weight under tensor parallelism, in the words of transformers.
+
+    Rows of a weight that is laid out head by head are cut as they lie ("colwise"), of [gate | up] in both halves
+    ("packed_colwise"). [all q | few k | few v] has no such cut: its rows are cut anywhere, what they make is
+    gathered ("colwise_gather_output"), and each process takes its heads from it, see `Attention.keep_heads`.
+    """
+    second = config.family == CHATGLM2
+    layer, attention = ("encoder.layers.*", "self_attention") if second else ("layers.*", "attention")
+    return {
+        "embedding.word_embeddings" if second else "word_embeddings": "embedding_rowwise",
+        f"{layer}.{attention}.query_key_value": "colwise_gather_output"
+        if config.key_value_heads_are_shared
+        else "colwise",
+        f"{layer}.{attention}.dense": "rowwise",
+        f"{layer}.mlp.dense_h_to_4h": "packed_colwise" if second else "colwise",
+        f"{layer}.mlp.dense_4h_to_h": "rowwise",
+        **({"output_layer": "colwise_gather_output"} if second else {}),
+    }
+
+
+def check_shares(config: ChatGLMConfig, processes: int) -> None:
+    """Raise ValueError for a model that `processes` cannot share by tensor parallelism."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % processes or (groups % processes and processes % groups):
+        raise ValueError(
+            f"tp_size is {processes}, but {heads} heads with {groups} keys and values cannot be shared evenly; choose "
+            "a number that divides both, or a multiple of the second that divides the first."
+        )
+    for field in ("quantization_bit", "add_bias_linear"):
+        if getattr(config, field, None):
+            raise ValueError(
+                f"Tensor parallelism has no plan for {field} {getattr(config, field)!r}; spread the layers instead: "
+                'device_map="auto".'
+            )
 
 
 def _with_one_name_each(family: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,14 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig, check_loaded, check_weight_files
+from .configuration_chatglm import (
+    CHATGLM,
+    CHATGLM2,
+    ChatGLMConfig,
+    check_loaded,
+    check_shares,
+    check_weight_files,
+)
 from .generation_chatglm import (  # noqa: F401 - old callers import the last one from here
     FiniteScores,
     GrowingCache,
@@ -252,11 +259,31 @@ class Attention(nn.Module):
                 config.add_bias_linear or config.add_qkv_bias,
                 config.add_bias_linear,
             )
-            self.by_kind = config.multi_query_attention
+            self.by_kind = config.key_value_heads_are_shared
         width = self.num_heads * self.head_dim
         key_value_width = 2 * self.num_key_value_heads * self.head_dim
         self.query_key_value = Linear(config.hidden_size, width + key_value_width, bias=qkv_bias)
         self.dense = Linear(width, config.hidden_size, bias=dense_bias)
+        self.share: list[slice] = []  # of the heads by kind, if other processes compute the rest
+        self.shared_groups = slice(None)
+
+    def keep_heads(self, process: int, processes: int) -> None:
+        """Tensor parallelism: compute the heads of this process alone, for which it has columns of `dense`.
+
+        With more processes than keys and values several compute the same ones.
+        """
+        heads, groups = self.num_heads, self.num_key_value_heads
+        self.num_heads, self.num_key_value_heads = heads // processes, max(groups // processes, 1)
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        first, first_group = process * self.num_heads, process * groups // processes
+        self.shared_groups = slice(first_group, first_group + self.num_key_value_heads)
+        if self.by_kind:  # else the columns that come here are those of the heads already
+            key, value = heads + first_group, heads + groups + first_group
+            self.share = [
+                slice(first, first + self.num_heads),
+                slice(key, key + self.num_key_value_heads),
+                slice(value, value + self.num_key_value_heads),
+            ]
 
     def forward(
         self,
@@ -276,7 +303,7 @@ class Attention(nn.Module):
         query = query.to(key.dtype)  # see cache_dtype
         if prefix:
             key, value = (
-                torch.cat((p.expand(len(s), -1, -1, -1), s), 2)
+                torch.cat((p[:, self.shared_groups].expand(len(s), -1, -1, -1), s), 2)
                 for p, s in zip(prefix, (key, value), strict=True)
             )
         context, weights = attend(
@@ -289,6 +316,8 @@ class Attention(nn.Module):
         batch, length, _ = fused.shape
         if self.by_kind:
             heads = fused.view(batch, length, -1, self.head_dim).transpose(1, 2)
+            if self.share:
+                heads = torch.cat([heads[:, part] for part in self.share], dim=1)
             before_value = self.num_heads + self.num_key_value_heads
             return heads[:, :before_value], heads[:, before_value:]
         heads = fused.view(batch, length, self.num_heads, 3 * self.head_dim).transpose(1, 2)
@@ -405,6 +434,11 @@ class GLM2Block(GradientCheckpointingLayer):
         return normed.to(self.input_layernorm.weight.dtype) if self.fp32_residual else normed
 
 
+def attention_of(block: nn.Module) -> Attention:
+    """The attention of a block, whatever its family calls it."""
+    return block.attention if isinstance(block, GLMBlock) else block.self_attention
+
+
 class PrefixEncoder(nn.Module):
     """The trained keys and values of P-Tuning v2 (Liu 2021): [B, prefix] -> [B, prefix, 2 L G D]."""
 
@@ -514,6 +548,16 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             if isinstance(module, Prepackable):
                 module.prepack()
         return self
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any) -> Any:
+        """What `from_pretrained` calls before it loads weights: with `tp_plan` each process keeps its heads."""
+        processes = getattr(distributed_config, "tp_size", None) or 1
+        if processes > 1:
+            check_shares(model.config, processes)
+            for block in model.base_model.blocks:
+                attention_of(block).keep_heads(torch.distributed.get_rank() % processes, processes)
+        return super().maybe_distribute_model(model, distributed_config, *args)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -1003,8 +1047,7 @@ class OneTokenStep:
 
     @staticmethod
     def _functions(block: nn.Module) -> tuple:
-        attention = block.attention if isinstance(block, GLMBlock) else block.self_attention
-        mlp = block.mlp
+        attention, mlp = attention_of(block), block.mlp
         return (
             *(attention, block.input_layernorm.forward, block.post_attention_layernorm.forward),
             *(attention.query_key_value.forward, attention.dense.forward),
@@ -1072,6 +1115,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             if config.quantization_embeddings:
                 self._share_quantized_embedding()
         self.post_init()
+        if config.family == CHATGLM:  # that of the other family lies in the base model, and so does its plan
+            self._tp_plan["lm_head"] = "colwise_gather_output"
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head if self.config.family == CHATGLM else self.transformer.output_layer
