@@ -58,6 +58,27 @@ def test_a_model_of_ours_gives_its_likeliest_answer(pipe):
     assert pipe("你好\n", "chat", "--device", "cpu") == (0, f"{expected}\n", "")
 
 
+@pytest.mark.parametrize("model", ["demo", "demo-v1"])
+def test_guessing_ahead_and_a_small_cache_reach_the_model_and_keep_the_answers(
+    model: str, pipe, monkeypatch: pytest.MonkeyPatch
+):
+    from chatglm.hub.generation_chatglm import Int8Cache, PromptLookup
+
+    said = "12+30=?\nWrite a Python function that adds two numbers.\n"
+    plain = pipe(said, "chat", model, "--device", "cpu")
+    used: list[str] = []
+    for part in (Int8Cache, PromptLookup):
+        begin = part.__init__
+
+        def begun(self, *arguments, begin=begin, name=part.__name__, **more):
+            used.append(name)
+            begin(self, *arguments, **more)
+
+        monkeypatch.setattr(part, "__init__", begun)
+    assert pipe(said, "chat", model, "--device", "cpu", "--prompt-lookup", "4", "--int8-cache") == plain
+    assert set(used) == {"Int8Cache", "PromptLookup"}
+
+
 def test_a_system_prompt_stands_before_the_first_message_as_published(tiny_v2_folder: Path, pipe):
     options = ["chat", str(tiny_v2_folder), "--device", "cpu", "--max-length", "60", "--temperature", "0"]
     assert pipe("b\n", *options, "--system", "a") == pipe("ab\n", *options) != pipe("b\n", *options)

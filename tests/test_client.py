@@ -375,7 +375,17 @@ def test_options_reach_the_server(stub: Stub):
     assert settings == {"model": "mine", "temperature": 0.0, "top_p": 0.5, "max_tokens": 9, "seed": 3}
 
 
-@pytest.mark.parametrize("option", ["--device cpu", "--dtype float32", "--quantize 4", "--revision main"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--device cpu",
+        "--dtype float32",
+        "--quantize 4",
+        "--revision main",
+        "--prompt-lookup 8",
+        "--int8-cache",
+    ],
+)
 def test_options_of_a_model_here_are_refused_for_a_server(option: str, stub: Stub, capsys):
     from chatglm.cli import main
 
