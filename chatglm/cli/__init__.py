@@ -18,12 +18,15 @@ COMMANDS = {
     "bench": "measure how fast a model is on this machine, and the memory it needs",
     "chat": "talk with a model in the terminal",
     "convert": "write a checkpoint in another form: safetensors, another dtype, packed, adapters merged",
+    "dpo": "teach a model which of two answers is better, by DPO",
     "download": "fetch a model from the Hub to its cache or to a folder",
     "evaluate": "measure how good a model is: C-Eval, MMLU, GSM8K, BBH, own questions, the cost of packing",
     "export": "write a folder for the Hub that loads anywhere, with a model card",
     "finetune": "teach a model from data: LoRA, P-Tuning v2, all weights or the last layers",
     "info": "tell what a model is and the memory it needs, without loading it",
+    "rl": "teach a model to answer as a reward model likes: GRPO, RLOO",
     "serve": "serve a model: OpenAI's API, the published one, and a chat page",
+    "train-reward": "train a reward model on pairs of a better and a worse answer",
     "verify": "check that a checkpoint is whole and sound, down to every number",
     "web": "talk with a model in the browser",
 }
@@ -51,7 +54,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         description = summary[0].upper() + summary[1:] + "."
         command = commands.add_parser(name, help=summary, description=description)
         if name in argv[:1]:
-            module = importlib.import_module(f"chatglm.cli.{name}")
+            module = importlib.import_module(f"chatglm.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser
