@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from chatglm.cli.options import add_run_options, run_options
+from chatglm.training.processes import disconnect, is_main, together
 from chatglm.training.settings import LEARNING_RATES, Settings
 
 EPILOG = """
@@ -26,11 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings, resume, overwrite = run_options(arguments, Settings, "finetune.yaml")
+    with together():
+        settings, resume, overwrite = run_options(arguments, Settings, "finetune.yaml")
 
     from chatglm.training.finetune import finetune
 
     outcome = finetune(settings, resume, overwrite)
+    disconnect()
+    if not is_main():
+        return
 
     from chatglm.training.report import USE, loss_table, score_table
 

@@ -8,5 +8,7 @@ methods.py    what of a model is trained, and how it is saved and loaded: LoRA, 
 trainer.py    the few things that transformers' Trainer is told
 scores.py     BLEU-4 and ROUGE of answers
 report.py     the loss curve and the README.md beside what was trained
+processes.py  several processes that make one run: they fail together, and the first writes
+launch/       configurations of accelerate launch: FSDP, DeepSpeed ZeRO-3
 finetune.py   a whole run
 """

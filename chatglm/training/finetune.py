@@ -13,6 +13,7 @@ from typing import Any
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint
 from chatglm.find import find_checkpoint
+from chatglm.training.processes import is_main, number_of_processes, on_main, together
 from chatglm.training.rows import Data, read_data
 from chatglm.training.settings import Options, Settings, read_yaml, to_yaml
 
@@ -38,6 +39,43 @@ def finetune(
 
     Raises OSError and ValueError, for settings, data, models and folders, before anything is loaded or written.
     """
+    if not is_main():
+        progress, say = False, _say_nothing
+    with together():
+        checkpoint, device, data, examples = _check(settings, resume, overwrite)
+    tell_data(data, say)
+
+    import transformers
+
+    from chatglm.training import methods
+
+    output = Path(settings.output).expanduser()
+    usual = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # Trainer misses the frozen weights in a P-Tuning checkpoint
+    if not is_main():
+        transformers.logging.disable_progress_bar()
+    try:
+        with together():
+            model, tokenizer = methods.load_base(settings, device)
+            transformers.set_seed(settings.seed)
+            model = methods.prepare(model, settings)
+        start = on_main(lambda: go_on(output)) if resume else None
+        if not resume:
+            on_main(lambda: begin(output, settings, data))
+        run = _Run(settings, checkpoint, model, tokenizer, data, examples, device, progress, say)
+        return run.train(start)
+    finally:
+        transformers.logging.set_verbosity(usual)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _check(
+    settings: Settings, resume: bool, overwrite: bool
+) -> tuple[Checkpoint, Any, dict[str, Data], dict[str, list[Any]]]:
+    """(checkpoint, device, rows, rows as tokens) of a run that can be done; raises before the model is loaded."""
     settings.check()
     output = Path(settings.output).expanduser()
     check_output(output, resume, overwrite)
@@ -46,35 +84,18 @@ def finetune(
         check_same_run(output, settings)
     checkpoint = read_checkpoint(find_checkpoint(settings.model, settings.revision))
 
-    import transformers
-
-    from chatglm.loading import default_device
     from chatglm.training import methods
 
-    device = methods.torch.device(settings.device) if settings.device else default_device()
+    device = methods.training_device(settings.device)
     methods.check_method(settings, checkpoint.config, device)
     if settings.predict or settings.predict_every_epoch:
         from chatglm.training.scores import check_scores
 
         check_scores()
     examples = lay_out(settings, checkpoint, data)
-    tell_data(data, say)
     if resume:
         check_same_data(output, data)
-
-    usual = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # Trainer misses the frozen weights in a P-Tuning checkpoint
-    try:
-        model, tokenizer = methods.load_base(settings, device)
-        transformers.set_seed(settings.seed)
-        model = methods.prepare(model, settings)
-        start = go_on(output) if resume else None
-        if not resume:
-            begin(output, settings, data)
-        run = _Run(settings, checkpoint, model, tokenizer, data, examples, device, progress, say)
-        return run.train(start)
-    finally:
-        transformers.logging.set_verbosity(usual)
+    return checkpoint, device, data, examples
 
 
 def check_output(output: Path, resume: bool, overwrite: bool, settings_file: str = SETTINGS_FILE) -> None:
@@ -192,12 +213,18 @@ def begin(output: Path, settings: Options, data: dict[str, Data], settings_file:
 
 
 def go_on(output: Path) -> Path | None:
-    """The checkpoint to go on after, if there is one; removes what a run that was killed left half-written."""
-    from chatglm.training.trainer import last_checkpoint
+    """The checkpoint to go on after, if there is one; removes what a run that was killed left half-written.
+
+    Raises ValueError if another number of processes made it.
+    """
+    from chatglm.training.trainer import check_processes, last_checkpoint
 
     for half_written in output.glob(f"{PARTIAL}*"):
         shutil.rmtree(half_written)
-    return last_checkpoint(output)
+    checkpoint = last_checkpoint(output)
+    if checkpoint:
+        check_processes(checkpoint, number_of_processes())
+    return checkpoint
 
 
 class _Run:
@@ -232,7 +259,10 @@ class _Run:
         self.settings, self.checkpoint, self.model, self.tokenizer = settings, checkpoint, model, tokenizer
         self.data, self.progress, self.say = data, progress, say
         self.output = Path(settings.output).expanduser()
-        self.outcome = Outcome(settings, str(device), training_dtype(settings, device), data=data)
+        processes = number_of_processes()
+        place = str(device) if processes == 1 else f"{processes} processes on {device.type}"
+        self.outcome = Outcome(settings, place, training_dtype(settings, device), data=data)
+        self.outcome.processes = processes
         self.outcome.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.outcome.parameters = checkpoint.sizes.parameters
         watched = {"data": examples.get("evaluation"), "probe": examples.get("general questions")}
@@ -289,34 +319,42 @@ class _Run:
         # In the log of the Trainer, so that they are in its checkpoints.
         log = {"step": self.trainer.state.global_step, "after": when, "scores": score(expected, answers)}
         self.trainer.state.log_history.append(log)
-        write_predictions(self.output / "generated_predictions.txt", expected, answers)
+        file = self.output / "generated_predictions.txt"
+        on_main(lambda: write_predictions(file, expected, answers))
 
     def _write(self) -> None:
         """Puts the result beside the checkpoints, whole or not at all, README.md last."""
+        weights = self.trainer.accelerator.get_state_dict(
+            self.trainer.model_wrapped
+        )  # all processes give theirs
+        on_main(lambda: self._write_files(weights))
+
+    def _write_files(self, weights: dict[str, Any]) -> None:
         from chatglm.training.report import draw_losses, readme
 
         with tempfile.TemporaryDirectory(dir=self.output, prefix=PARTIAL) as name:
             folder = Path(name)
-            self._save(folder)
+            self._save(weights, folder)
             text = readme(self.outcome, licence_of(self.checkpoint.folder))
             if not draw_losses(self.outcome, folder / "loss.png"):
                 text = text.replace("![loss by step](loss.png)\n", "")
-                self.say("There is no picture of the loss without matplotlib; pip install 'chatglm[train]'.")
+                self.say("There is no picture of the loss without matplotlib; pip install matplotlib.")
             (folder / "README.md").write_text(text, encoding="utf-8")
             for path in sorted(folder.iterdir(), key=lambda path: path.name == "README.md"):
                 os.replace(path, self.output / path.name)
 
-    def _save(self, folder: Path) -> None:
-        from chatglm.training.methods import save_prefix
+    def _save(self, weights: dict[str, Any], folder: Path) -> None:
+        from chatglm.training.methods import save_checkpoint, save_prefix
 
+        model = self.trainer.model
         if self.settings.method == "ptuning":
-            save_prefix(self.model, folder)
+            save_prefix(model, folder, weights)
             return
-        self.model.config.use_cache = True  # Trainer turned it off
+        model.config.use_cache = True  # Trainer turned it off
         if self.settings.method == "lora":
-            self.model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             return
-        self.model.to(self.checkpoint_dtype).save_pretrained(folder)
+        save_checkpoint(model, weights, folder, self.checkpoint_dtype)
         self.tokenizer.save_pretrained(folder)
 
     @property

@@ -8,6 +8,8 @@ freeze   the weights of the last layers; saved as a checkpoint
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from chatglm.checkpoint import read_config, read_weight_file
 from chatglm.hub.modeling_chatglm import PREFIX_DROPOUT, ChatGLMForConditionalGeneration, PrefixEncoder
 from chatglm.hub.quantization import QuantizedLinear
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
-from chatglm.loading import load
+from chatglm.loading import default_device, load
+from chatglm.training.processes import is_sharded, number_of_processes
 from chatglm.training.settings import Settings
 from chatglm.weights.read import read_state
 
@@ -39,6 +42,11 @@ def check_method(settings: Settings, config: dict[str, Any], device: torch.devic
         raise ValueError(
             f"The weights of {settings.model} are packed to {packed} bits and cannot be trained by method "
             f"{settings.method!r}; take lora or ptuning, or the float checkpoint."
+        )
+    if is_sharded() and (packed or settings.quantize):
+        raise ValueError(
+            f"The weights are packed to {packed or settings.quantize} bits, which FSDP and DeepSpeed cannot share out; "
+            "start with accelerate launch --multi_gpu, which gives every GPU a copy."
         )
     if config.get("pre_seq_len"):
         raise ValueError(
@@ -60,6 +68,27 @@ def check_peft() -> None:
         raise ValueError("LoRA needs PEFT, which is not installed; pip install 'chatglm[train]'.")
 
 
+def training_device(name: str | None) -> torch.device:
+    """The device of this process: the one that is asked for, or the best; of several GPUs each process has its own.
+
+    Raises ValueError if there are too few.
+    """
+    device = torch.device(name) if name else default_device()
+    if number_of_processes() == 1 or device.type != "cuda":
+        return device
+    own, there_are = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device.index is not None:
+        raise ValueError(
+            f"device is {name!r}, but every process takes a GPU of its own; give cuda, or leave it out."
+        )
+    if own >= there_are:
+        raise ValueError(
+            f"There are {there_are} GPUs for {os.environ['LOCAL_WORLD_SIZE']} processes; give --num_processes "
+            f"{there_are} to accelerate launch."
+        )
+    return torch.device("cuda", own)
+
+
 def training_dtype(settings: Settings, device: torch.device) -> str:
     """What is computed in, asked for or by device."""
     if settings.dtype:
@@ -75,7 +104,11 @@ def load_base(
     """The model to train and its tokenizer; frozen weights in the dtype of the computing, others in float32."""
     whole = settings.method in ("full", "freeze")
     dtype = "float32" if whole else training_dtype(settings, device)
+    if is_sharded():  # the launcher's FSDP or DeepSpeed brings each GPU its share
+        device = torch.device("cpu")
     model, tokenizer = load(settings.model, device, dtype, settings.quantize, settings.revision)
+    # FSDP fetches one layer at a time, and wants no names of layers that the other family has.
+    model._no_split_modules = [type(model.transformer.blocks[0]).__name__]
     return model.train(), tokenizer  # train() brings the weights back into the layout that learns
 
 
@@ -149,17 +182,37 @@ def add_prefix(model: ChatGLMForConditionalGeneration, length: int, projection: 
     transformer.train_only_prefix()
 
 
-def prefix_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a P-Tuning v2 checkpoint, under their published names."""
-    state = model.state_dict()
+def prefix_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a P-Tuning v2 checkpoint, under their published names, of all that a model has."""
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if name.startswith(PREFIX)}
 
 
-def save_prefix(model: ChatGLMForConditionalGeneration, folder: Path) -> None:
-    """Writes the prefix as the published finetuning did, and the config.json that tells its length."""
+def save_prefix(
+    model: ChatGLMForConditionalGeneration, folder: Path, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes the prefix as the published finetuning did, and the config.json that tells its length.
+
+    `state` are all tensors of a model whose own are shared out over several processes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(prefix_state(model), folder / PREFIX_FILE)
+    torch.save(prefix_state(model.state_dict() if state is None else state), folder / PREFIX_FILE)
     model.config.save_pretrained(folder)
+
+
+def save_checkpoint(
+    model: ChatGLMForConditionalGeneration,
+    state: Mapping[str, torch.Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Writes all tensors `state` of a model, whose own may be shared out over several processes, in `dtype`."""
+    # FSDP makes a class of its own of a model, whose source would be saved with it.
+    with torch.device("meta"):
+        plain = ChatGLMForConditionalGeneration(model.config).to(dtype)
+    plain.generation_config = model.generation_config
+    tied = plain.all_tied_weights_keys  # names of what is stored under another
+    weights = {name: tensor.to(dtype) for name, tensor in state.items() if name not in tied}
+    plain.save_pretrained(folder, state_dict=weights)
 
 
 def load_finetuned(

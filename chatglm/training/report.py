@@ -97,6 +97,7 @@ class Outcome:
     settings: Settings
     device: str
     dtype: str
+    processes: int = 1
     trained: int = 0
     parameters: int = 0
     steps: int = 0
@@ -204,7 +205,7 @@ def readme(outcome: Outcome, licence: str) -> str:
         parameters=outcome.parameters,
         rate=settings.rate,
         steps=outcome.steps,
-        rows_per_step=settings.batch_size * settings.accumulation,
+        rows_per_step=settings.batch_size * settings.accumulation * outcome.processes,
         kind="packed sequences" if settings.packing else "rows",
         minutes=outcome.seconds / 60,
         since=f" since it was resumed after step {outcome.resumed_at}" if outcome.resumed_at else "",

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from chatglm.training.methods import save_prefix, training_dtype
+from chatglm.training.processes import together, wait_for_all
 from chatglm.training.settings import Settings
 
 
@@ -28,9 +29,13 @@ class FinetuneTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.model.config.pre_seq_len:
-            save_prefix(self.model, Path(output_dir or self.args.output_dir))
+            save_prefix(self.model, Path(output_dir or self.args.output_dir), state_dict)
         else:
             super()._save(output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        wait_for_all()  # trainer_state.json, which is written next, tells that a checkpoint is complete
 
 
 def training_arguments(
@@ -75,6 +80,7 @@ def training_arguments(
         report_to="none",
         disable_tqdm=True,  # Progress shows the bar
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,  # every weight that is trained takes part in every loss
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several cards take accelerate launch, not DataParallel
     return arguments
@@ -108,10 +114,11 @@ class StopAtNonsense(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise ValueError(
-                f"The loss became {loss} before step {state.global_step}; lower learning_rate (it is "
-                f"{args.learning_rate:g}), or take dtype bfloat16 or float32 if it is float16."
-            )
+            with together():
+                raise ValueError(
+                    f"The loss became {loss} before step {state.global_step}; lower learning_rate (it is "
+                    f"{args.learning_rate:g}), or take dtype bfloat16 or float32 if it is float16."
+                )
 
 
 class SaveAfterLooking(TrainerCallback):
@@ -153,3 +160,13 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(path)
     return None
+
+
+def check_processes(checkpoint: Path, processes: int) -> None:
+    """Raises ValueError if another number of processes than `processes` made this checkpoint."""
+    before = len(list(checkpoint.glob("rng_state*.pth")))  # Trainer writes one for each
+    if before != processes:
+        raise ValueError(
+            f"{checkpoint} was made by {before} processes, but there are {processes} now; start {before}, or choose "
+            "another output."
+        )
