@@ -1,19 +1,20 @@
 """From logits to tokens: a cache that grows in place, the choice of a token, and the one decoding loop.
 
-`generate`, streams and chats come through `decode_steps`. It knows tokens and scores only: what the model makes of
-them is in modeling_chatglm.py, and all text in tokenization_chatglm.py.
+`generate`, streams and chats come through `decode_steps`; ChatGLMGenerationMixin at the end puts it into `generate`. It
+knows tokens and scores only: what the model makes of them is in modeling_chatglm.py, and all text in
+tokenization_chatglm.py.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
@@ -21,6 +22,18 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.masking_utils import create_causal_mask
+
+from .configuration_chatglm import CHATGLM, CHATGLM2, ChatGLMConfig
+from .layers_chatglm import OneTokenStep, can_step
+from .positions_chatglm import (
+    check_generation_mask,
+    check_prompt,
+    glm_positions,
+    pack_positions,
+    two_dimensional_mask,
+)
+from .quantization_kernels import product_dtype
 
 STEP = 256  # tokens by which caches, masks and rotary tables grow: short chats do not pay for long ones
 CHUNK = 1024  # tokens of a prompt that ChatGLM2 reads at once
@@ -579,3 +592,240 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
         fallback = torch.zeros_like(scores)
         fallback[:, self.FALLBACK_TOKEN_ID] = 5e4
         return torch.where(broken, fallback, scores)
+
+
+class ChatGLMGenerationMixin(GenerationMixin):
+    """`generate` and what it asks of a model: the loop above, and the library's where that can more."""
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`GenerationMixin.generate`, which stops when scores are no longer finite (FiniteScores).
+
+        For ChatGLM-6B the published four-dimensional masks and two-row positions are taken too. With
+        `int8_cache=True` keys and values are kept in 8 bits (Int8Cache).
+        """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if kwargs.pop("int8_cache", False):
+            kwargs["past_key_values"] = self._int8_cache(kwargs.get("past_key_values"))
+        check_generation_mask(kwargs.get("attention_mask"), ids)
+        if self.config.family == CHATGLM:
+            self._refuse_chunked_prefill(generation_config, kwargs)
+            mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            if mask is not None and mask.dim() == 4:
+                kwargs["attention_mask"] = two_dimensional_mask(mask, ids, self.config)
+            if positions is not None and positions.dim() == 3:
+                kwargs["position_ids"] = pack_positions(positions)
+        processors = LogitsProcessorList([FiniteScores(), *(logits_processor or [])])
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `generate` runs for greedy decoding and sampling: our loop, or the library's where that can more."""
+        if not self._our_loop_will_do(generation_config, synced_gpus, **kwargs):
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **kwargs,
+            )
+        sequences = input_ids
+        steps = decode_steps(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+        )
+        for sequences, _ in steps:
+            if streamer is not None:
+                streamer.put(sequences[:, -1].cpu())
+        if streamer is not None:
+            streamer.end()
+        return sequences
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `generate` runs where several tokens may come of one pass; `prompt_lookup_num_tokens` is our loop's."""
+        looked_up = generation_config.prompt_lookup_num_tokens is not None and not kwargs.get(
+            "assistant_model"
+        )
+        if not looked_up or not self._our_loop_will_do(generation_config, synced_gpus, **kwargs):
+            return super()._assisted_decoding(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                inputs_tensor,
+                **kwargs,
+            )
+        return self._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
+        )
+
+    def _our_loop_will_do(self, generation_config: Any, synced_gpus: bool, **kwargs: Any) -> bool:
+        """Whether `decode_steps` gives what `generate` was asked for."""
+        wanted_more = (
+            generation_config.return_dict_in_generate or synced_gpus or generation_config.is_assistant
+        )
+        cache = kwargs.get("past_key_values")
+        # A filled cache comes with all ids, of which the library takes those that follow.
+        known_cache = type(cache) in (DynamicCache, GrowingCache, Int8Cache)
+        other_cache = not known_cache or cache.get_seq_length() > 0
+        # PEFT's prefix tuning brings its keys in through this method, which our loop does not call.
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
+        replaced = prepare is not type(self).prepare_inputs_for_generation
+        uncached = "inputs_embeds" in kwargs or not kwargs.get("use_cache", True)
+        return not (wanted_more or other_cache or replaced or uncached)
+
+    def next_position(
+        self, cache: Cache, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Position [B or 1, 1] of the token after those on the cache, packed for ChatGLM-6B."""
+        if self.config.family == CHATGLM:
+            return cache.glm_next_position[1]
+        if position_ids is not None:
+            return position_ids[:, -1:] + 1
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return attention_mask.sum(-1, keepdim=True)
+        return torch.full((1, 1), cache.get_seq_length(), device=self.device)
+
+    def new_cache(self, int8: bool = False) -> GrowingCache:
+        """An empty cache of the kind that our decoding loop fills."""
+        return (Int8Cache if int8 else GrowingCache)(self.config.num_layers, self.cache_dtype)
+
+    def _int8_cache(self, cache: Cache | None) -> Cache:
+        """`cache`, or a new one; ValueError if it is of another kind."""
+        if cache is not None and not isinstance(cache, Int8Cache):
+            raise ValueError(
+                f"int8_cache is true, but past_key_values is a {type(cache).__name__}; begin with an Int8Cache, or "
+                "leave one of the two out."
+            )
+        return self.new_cache(int8=True) if cache is None else cache
+
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """What attention takes keys and values in, None: as they are computed.
+
+        Many heads with keys of their own are slow in half precision on CPUs without instructions for it: 512 tokens
+        take 4.5 ms a layer of ChatGLM-6B in bfloat16, 0.8 ms in float32 (Zen 3).
+        """
+        slow = self.device.type == "cpu" and self.dtype != product_dtype(self.dtype)
+        return torch.float32 if slow and self.config.family == CHATGLM else None
+
+    @property
+    def reads_forward(self) -> bool:
+        """Whether a token of a prompt sees only what stands before it; ChatGLM-6B's see each other both ways."""
+        return self.config.family == CHATGLM2
+
+    def one_token_step(self) -> OneTokenStep | None:
+        """A faster way to call the model with one more token of every row; None where only `forward` will do."""
+        return OneTokenStep(self) if can_step(self) else None
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Several requests in one batch that they join and leave at any step (ChatGLM2-6B only)."""
+        self._refuse_causal_only_attention("paged")
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _refuse_chunked_prefill(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        config = generation_config or self.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+            raise ValueError(
+                "prefill_chunk_size cuts the prompt into pieces, but ChatGLM-6B reads its prompt in both "
+                "directions and would answer wrongly; leave it out."
+            )
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        if self.config.family == CHATGLM2:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        input_ids = inputs_tensor if not inputs_tensor.is_floating_point() else model_kwargs.get("input_ids")
+        if input_ids is None or input_ids.shape[1] == 0:
+            return None
+        check_prompt(input_ids, self.config)
+        return glm_positions(input_ids, model_kwargs.get("attention_mask"), self.config)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """`GenerationMixin`'s, with the packed positions under a name of their own."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if self.config.family == CHATGLM and "position_ids" in inputs:
+            # PEFT's prefix tuning adds its length to `position_ids`, which packed ones do not survive.
+            inputs["packed_position_ids"] = inputs.pop("position_ids")
+        return inputs
+
+    def create_masks_for_generate(
+        self,
+        config: ChatGLMConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """The mask that static caches are given ahead of `forward`; prompts draw theirs inside, from the ids."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        mask = create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+            return ~mask  # the published kind, which `forward` expects of a boolean one
+        return mask
+
+    def stream_generate(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: Any = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+        return_past_key_values: bool = False,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Iterator:
+        """Yield the sequences so far [B, T] after every token (and the cache, if asked for).
+
+        On a filled `past_key_values`, `input_ids` are only the tokens that follow. The cache never holds the
+        token that was sampled last, as in the published code.
+        """
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length()
+            seen = torch.arange(past + input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+            kwargs.setdefault("attention_mask", torch.ones_like(seen))
+            kwargs.update(past_key_values=past_key_values, position_ids=seen[:, past:])
+        steps = self.generate(
+            input_ids,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            custom_generate=decode_steps,
+            **kwargs,
+        )
+        for sequences, cache in steps:
+            yield (sequences, cache) if return_past_key_values else sequences

@@ -1,34 +1,29 @@
-"""ChatGLM-6B and ChatGLM2-6B side by side, under the parameter names of the published checkpoints.
+"""ChatGLM-6B and ChatGLM2-6B side by side: from token ids to hidden states and logits.
 
-The file reads from the parts to the whole: rotary embedding, attention, MLPs, blocks, prefix encoder, model, the two
-heads, generation. Positions and masks are made in positions_chatglm.py; the methods that chat are a mixin in
-tokenization_chatglm.py, where all text is. "chatglm" is the first family
-(ChatGLM-6B v0.1, v1.1, Slim), "chatglm2" the second (ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2).
-
-One layout everywhere: hidden states [B, T, hidden], queries, keys and values [B, heads, T, head_dim].
+The file reads from the parts to the whole: what transformers asks of every model, the model, the language model, the
+classifier. Their layers are made in layers_chatglm.py, positions and masks in positions_chatglm.py; how tokens become
+longer texts is a mixin in generation_chatglm.py, and the methods that chat are one in tokenization_chatglm.py.
+"chatglm" is the first family (ChatGLM-6B v0.1, v1.1, Slim), "chatglm2" the second (ChatGLM2-6B, ChatGLM3-6B,
+CodeGeeX2).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_chatglm import (
@@ -40,20 +35,24 @@ from .configuration_chatglm import (
     check_weight_files,
 )
 from .generation_chatglm import (  # noqa: F401 - old callers import the last one from here
-    FiniteScores,
-    GrowingCache,
-    Int8Cache,
+    ChatGLMGenerationMixin,
     InvalidScoreLogitsProcessor,
-    decode_steps,
+)
+from .layers_chatglm import (
+    GLM2Block,
+    GLMBlock,
+    PrefixEncoder,
+    RotaryEmbedding,
+    attention_function,
+    attention_of,
+    make_norm,
 )
 from .positions_chatglm import (
-    check_generation_mask,
     check_packed,
     check_prompt,
     glm_positions,
     is_context,
     pack_positions,
-    two_dimensional_mask,
     unpack_positions,
 )
 from .quantization import (
@@ -73,391 +72,9 @@ from .quantization import (
     quantize,
     register_with_transformers,
 )
-from .quantization_kernels import product_dtype
 from .tokenization_chatglm import ChatMixin
 
-# The published blocks scale their residuals for 28 layers, whatever the depth of the model.
-RESIDUAL_SCALE = math.sqrt(2 * 28)
 PREFIX_DROPOUT = 0.1
-
-
-def partners_of(config: ChatGLMConfig) -> tuple[tuple[int, ...], int]:
-    """How the channels of a head make pairs: their shape, and its axis of length 2. See `rotate`."""
-    if config.family == CHATGLM2:
-        return (config.head_dim // 2, 2), -1
-    parts = 2 if config.position_encoding_2d else 1
-    return (parts, 2, config.head_dim // (2 * parts)), -2
-
-
-class RotaryEmbedding(nn.Module):
-    """Cosines and signed sines [B, 1, T, head_dim] of the positions in one call, shared by all layers.
-
-    "chatglm": the first half of the channels is turned by the position, the second by the block, and partners
-    lie a quarter of the head apart. "chatglm2": the first half is turned, partners side by side; the second
-    half passes (cosine 1, sine 0). The sine of the first of two partners is negative, see `rotate`.
-    """
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.pairs, self.axis = partners_of(config)
-        self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
-
-    def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
-        """float32 [turned channels / 2]."""
-        turned = self.config.head_dim
-        if self.config.family == CHATGLM2 or self.config.position_encoding_2d:
-            turned //= 2
-        exponents = torch.arange(0, turned, 2, dtype=torch.float32, device=device) / turned
-        inv_freq = 1.0 / 10000**exponents
-        if self.config.family == CHATGLM:
-            # ChatGLM-6B was trained with these rounded to half, and so needs them in every dtype.
-            return inv_freq.half().float()
-        return inv_freq
-
-    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> RotaryEmbedding:
-        # `model.half()` must not round the frequencies: only the device of the buffer ever changes.
-        super()._apply(fn, *args, **kwargs)
-        if not self.inv_freq.is_meta:
-            self.inv_freq = self.inverse_frequencies(self.inv_freq.device)
-        return self
-
-    @torch.no_grad()
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids [B, T] (packed for "chatglm") -> cosines, signed sines in `dtype`."""
-        if self.config.family == CHATGLM2:
-            angles = self._angles(position_ids / self.config.rope_ratio)
-            angles = F.pad(angles.repeat_interleave(2, dim=-1), (0, 2 * angles.shape[-1]))
-        else:
-            # ChatGLM-6B in float16 was trained with positions, angles and tables in float16.
-            angle_dtype = torch.float16 if dtype == torch.float16 else torch.float32
-            position, block = unpack_positions(position_ids)
-            if self.config.position_encoding_2d:
-                position, block = (
-                    self._angles(position, angle_dtype),
-                    self._angles(block, angle_dtype),
-                )
-                angles = torch.cat((position, position, block, block), dim=-1)
-            else:
-                angles = self._angles(position + block, angle_dtype).repeat(1, 1, 2)
-        angles = angles[:, None]  # one for all heads
-        sines = angles.sin().unflatten(-1, self.pairs)
-        first, second = sines.split(1, dim=self.axis)
-        sines = torch.cat((-first, second), dim=self.axis).flatten(-len(self.pairs))
-        return angles.cos().to(dtype), sines.to(dtype)
-
-    def _angles(self, position: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        # The published device maps do not name this module, so it may lie elsewhere.
-        return position.to(dtype)[..., None] * self.inv_freq.to(position.device, dtype)
-
-
-def rotate(
-    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: tuple[int, ...], axis: int
-) -> torch.Tensor:
-    """Turn pairs of channels (u1, u2) -> (u1 cos - u2 sin, u2 cos + u1 sin); `sin` carries the sign.
-
-    `pairs` is how the channels are cut up, and `axis` the one of its axes on which partners lie.
-    """
-    partners = states.view(*states.shape[:-1], *pairs).flip(axis).view(states.shape)
-    return states * cos + partners * sin
-
-
-def eager_attention_forward(
-    module: Attention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: -> context [B, T, H, D], weights [B, H, T, S].
-
-    A mask [B, 1, T, S] is boolean (True = may see) or is added to the scores.
-    """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    # Dividing by the layer number before the product and multiplying back in float32 cancels; it keeps
-    # the scores of deep layers inside the range of float16.
-    layer_number = module.layer_idx + 1
-    scores = torch.matmul(query * (scaling / layer_number), key.transpose(-1, -2)).float() * layer_number
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(dim=-1).to(query.dtype), dropout, module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-def sdpa_attention(
-    module: Attention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """`scaled_dot_product_attention` that reads shared keys where they lie: -> context [B, T, H, D].
-
-    Of one new token the heads that share keys go in as rows of one query, so that the keys are read once for all of
-    them: with 16 heads a group 3 to 25 times faster on CPUs. Of several tokens torch shares them itself on CPUs; the
-    library copies them for each head behind a mask, which at 32,768 tokens of ChatGLM2-6B takes 0.5 GB.
-    """
-    one = query.shape[2] == 1
-    if one:
-        query = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])  # [B, G, H / G, D]
-    context = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        is_causal=attention_mask is None and not one,
-        scale=scaling,
-        enable_gqa=not one,
-    )
-    return context.flatten(1, 2)[:, None] if one else context.transpose(1, 2), None
-
-
-def attention_function(
-    implementation: str, new_tokens: int, device: torch.device, output_attentions: bool, paged: bool = False
-) -> Callable:
-    """What all layers of one forward pass compute attention with; the library's own fills a `paged` cache itself."""
-    if output_attentions:
-        return eager_attention_forward  # no other one has weights to show
-    if paged:
-        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    if implementation == "sdpa" and (new_tokens == 1 or device.type == "cpu"):
-        return sdpa_attention
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-
-
-class Attention(nn.Module):
-    """Attention of both families; they differ in how the fused weight is laid out and in what turns.
-
-    "chatglm": rows of `query_key_value` are grouped by head, [head 0: q k v | head 1: q k v | ...].
-    "chatglm2": grouped by kind, [all q | all k | all v], few key-value heads shared by many query heads.
-    """
-
-    is_causal = True  # read by the attention functions when there is no mask
-
-    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim, self.num_heads = config.head_dim, config.num_attention_heads
-        self.num_key_value_heads = config.num_key_value_heads
-        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.pairs, self.axis = partners_of(config)
-        if config.family == CHATGLM:
-            qkv_bias, dense_bias, self.by_kind = True, True, False
-        else:
-            qkv_bias, dense_bias = (
-                config.add_bias_linear or config.add_qkv_bias,
-                config.add_bias_linear,
-            )
-            self.by_kind = config.key_value_heads_are_shared
-        width = self.num_heads * self.head_dim
-        key_value_width = 2 * self.num_key_value_heads * self.head_dim
-        self.query_key_value = Linear(config.hidden_size, width + key_value_width, bias=qkv_bias)
-        self.dense = Linear(width, config.hidden_size, bias=dense_bias)
-        self.share: list[slice] = []  # of the heads by kind, if other processes compute the rest
-        self.shared_groups = slice(None)
-
-    def keep_heads(self, process: int, processes: int) -> None:
-        """Tensor parallelism: compute the heads of this process alone, for which it has columns of `dense`.
-
-        With more processes than keys and values several compute the same ones.
-        """
-        heads, groups = self.num_heads, self.num_key_value_heads
-        self.num_heads, self.num_key_value_heads = heads // processes, max(groups // processes, 1)
-        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
-        first, first_group = process * self.num_heads, process * groups // processes
-        self.shared_groups = slice(first_group, first_group + self.num_key_value_heads)
-        if self.by_kind:  # else the columns that come here are those of the heads already
-            key, value = heads + first_group, heads + groups + first_group
-            self.share = [
-                slice(first, first + self.num_heads),
-                slice(key, key + self.num_key_value_heads),
-                slice(value, value + self.num_key_value_heads),
-            ]
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        attend: Callable,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        prefix: tuple[torch.Tensor, ...] = (),
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query_and_key, value = self.split_heads(self.query_key_value(hidden_states))
-        turned = rotate(query_and_key, *rotary, self.pairs, self.axis)  # one pass over both
-        query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        query = query.to(key.dtype)  # see cache_dtype
-        if prefix:
-            key, value = (
-                torch.cat((p[:, self.shared_groups].expand(len(s), -1, -1, -1), s), 2)
-                for p, s in zip(prefix, (key, value), strict=True)
-            )
-        context, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
-        return self.dense(context.flatten(-2).to(hidden_states.dtype)), weights
-
-    def split_heads(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, q + k + v] -> queries and keys together [B, H + G, T, D], values [B, G, T, D]."""
-        batch, length, _ = fused.shape
-        if self.by_kind:
-            heads = fused.view(batch, length, -1, self.head_dim).transpose(1, 2)
-            if self.share:
-                heads = torch.cat([heads[:, part] for part in self.share], dim=1)
-            before_value = self.num_heads + self.num_key_value_heads
-            return heads[:, :before_value], heads[:, before_value:]
-        heads = fused.view(batch, length, self.num_heads, 3 * self.head_dim).transpose(1, 2)
-        query, key, value = heads.chunk(3, dim=-1)
-        return torch.cat((query, key), dim=1), value
-
-
-class MLP(nn.Module):
-    """The MLP of ChatGLM-6B: GELU (tanh form), with biases."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        self.dense_h_to_4h = Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.activate(self.dense_h_to_4h(hidden_states)))
-
-    @staticmethod
-    def activate(states: torch.Tensor) -> torch.Tensor:
-        return F.gelu(states, approximate="tanh")
-
-
-class SwiGLU(nn.Module):
-    """The MLP of ChatGLM2-6B: one weight makes [gate | up], silu(gate) scales up."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        bias = config.add_bias_linear
-        self.dense_h_to_4h = Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
-        self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.activate(self.dense_h_to_4h(hidden_states)))
-
-    @staticmethod
-    def activate(states: torch.Tensor) -> torch.Tensor:
-        gate, up = states.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, evaluated in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if weight.dtype == hidden_states.dtype:
-            return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
-        states = hidden_states.float()  # float32 residuals beside half-precision weights
-        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (weight * states).to(hidden_states.dtype)
-
-
-def make_norm(config: ChatGLMConfig) -> nn.Module:
-    """The norm that both families put before attention, before the MLP and at the end."""
-    if config.family == CHATGLM2 and config.rmsnorm:
-        return RMSNorm(config.hidden_size, config.layernorm_epsilon)
-    return nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-
-
-class GLMBlock(GradientCheckpointingLayer):
-    """One layer of ChatGLM-6B: the residual is the normed input, scaled (DeepNorm, Wang 2022)."""
-
-    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = make_norm(config)
-        self.attention = Attention(config, layer_idx)
-        self.post_attention_layernorm = make_norm(config)
-        self.mlp = MLP(config)
-
-    def forward(
-        self, hidden_states: torch.Tensor, *prefix: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        normed = self.input_layernorm(hidden_states)
-        attended, weights = self.attention(normed, prefix=prefix, **kwargs)
-        hidden_states = RESIDUAL_SCALE * normed + attended
-        normed = self.post_attention_layernorm(hidden_states)
-        return RESIDUAL_SCALE * normed + self.mlp(normed), weights
-
-
-class GLM2Block(GradientCheckpointingLayer):
-    """One layer of ChatGLM2-6B: the usual pre-norm residuals."""
-
-    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.residual_is_normed = config.apply_residual_connection_post_layernorm
-        self.fp32_residual = config.fp32_residual_connection
-        self.hidden_dropout = config.hidden_dropout
-        self.input_layernorm = make_norm(config)
-        self.self_attention = Attention(config, layer_idx)
-        self.post_attention_layernorm = make_norm(config)
-        self.mlp = SwiGLU(config)
-
-    def forward(
-        self, hidden_states: torch.Tensor, *prefix: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        normed = self.input_layernorm(hidden_states)
-        attended, weights = self.self_attention(self._compute(normed), prefix=prefix, **kwargs)
-        hidden_states = (normed if self.residual_is_normed else hidden_states) + self._drop(attended)
-        normed = self.post_attention_layernorm(hidden_states)
-        residual = normed if self.residual_is_normed else hidden_states
-        return residual + self._drop(self.mlp(self._compute(normed))), weights
-
-    def _drop(self, states: torch.Tensor) -> torch.Tensor:
-        return F.dropout(states, self.hidden_dropout) if self.training else states
-
-    def _compute(self, normed: torch.Tensor) -> torch.Tensor:
-        # With float32 residuals only the stream between the layers is wide, not the products.
-        return normed.to(self.input_layernorm.weight.dtype) if self.fp32_residual else normed
-
-
-def attention_of(block: nn.Module) -> Attention:
-    """The attention of a block, whatever its family calls it."""
-    return block.attention if isinstance(block, GLMBlock) else block.self_attention
-
-
-class PrefixEncoder(nn.Module):
-    """The trained keys and values of P-Tuning v2 (Liu 2021): [B, prefix] -> [B, prefix, 2 L G D]."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__()
-        size = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
-        self.prefix_projection = config.prefix_projection
-        if not self.prefix_projection:
-            self.embedding = nn.Embedding(config.pre_seq_len, size)
-            return
-        width = config.hidden_size if config.family == CHATGLM else size
-        self.embedding = nn.Embedding(config.pre_seq_len, width)
-        self.trans = nn.Sequential(
-            nn.Linear(width, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
-        )
-
-    def forward(self, prefix: torch.Tensor) -> torch.Tensor:
-        states = self.embedding(prefix)
-        return self.trans(states) if self.prefix_projection else states
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -1017,90 +634,7 @@ def to_device(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {**kwargs, "rotary": rotary, "attention_mask": None if mask is None else mask.to(device)}
 
 
-def can_step(model: ChatGLMForConditionalGeneration) -> bool:
-    """Whether `OneTokenStep` computes what `model` would: usual options, and nothing hooked in between."""
-    config = model.config
-    rare = config.pre_seq_len or config.output_hidden_states or config.output_attentions
-    if config.family == CHATGLM2:
-        rare = rare or config.fp32_residual_connection or config.apply_residual_connection_post_layernorm
-    changed = any(
-        "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-        for module in model.modules()
-    )
-    return config._attn_implementation == "sdpa" and not (rare or changed or model.training)
-
-
-class OneTokenStep:
-    """The model for one more token of every row, on a filled cache: bit for bit what `forward` computes.
-
-    For one token the way through `nn.Module` and the library costs as much as the arithmetic of a small layer
-    (13 against 9 ms with 28 layers of hidden size 128), so here the layers are called directly.
-    """
-
-    def __init__(self, model: ChatGLMForConditionalGeneration) -> None:
-        transformer, config = model.transformer, model.config
-        self.rotary = transformer.rotary_pos_emb
-        self.dtype, self.embed = model.dtype, transformer.get_input_embeddings().forward
-        self.final_norm, self.head = transformer.final_norm, model.get_output_embeddings().forward
-        self.scale = RESIDUAL_SCALE if config.family == CHATGLM else None
-        self.layers = [self._functions(block) for block in transformer.blocks]
-
-    @staticmethod
-    def _functions(block: nn.Module) -> tuple:
-        attention, mlp = attention_of(block), block.mlp
-        return (
-            *(attention, block.input_layernorm.forward, block.post_attention_layernorm.forward),
-            *(attention.query_key_value.forward, attention.dense.forward),
-            *(mlp.dense_h_to_4h.forward, mlp.activate, mlp.dense_4h_to_h.forward),
-        )
-
-    def tables(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [B or 1, 1, T, head_dim] of positions [B or 1, T]."""
-        return self.rotary(position_ids, self.dtype)
-
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        cache: Cache,
-    ) -> torch.Tensor:
-        """Scores [B, V] in float32 after tokens [B, 1]; attention_mask: boolean [B, 1, 1, T], True = may see."""
-        hidden_states, scale = self.embed(input_ids), self.scale
-        for (attention, norm, next_norm, fuse, dense, widen, activate, narrow), cached in zip(
-            self.layers, cache.layers, strict=True
-        ):
-            normed = norm(hidden_states)
-            query, key, value = self._heads(attention, fuse(normed), rotary)
-            key, value = cached.update(key, value)
-            if key.dtype != query.dtype:  # see cache_dtype
-                query = query.to(key.dtype)
-            attended, _ = sdpa_attention(attention, query, key, value, attention_mask, attention.scaling)
-            if attended.dtype != normed.dtype:
-                attended = attended.to(normed.dtype)
-            hidden_states = dense(attended.flatten(-2)) + (hidden_states if scale is None else scale * normed)
-            normed = next_norm(hidden_states)
-            widened = activate(widen(normed))
-            hidden_states = narrow(widened) + (hidden_states if scale is None else scale * normed)
-        return self.head(self.final_norm(hidden_states))[:, -1].float()
-
-    @staticmethod
-    def _heads(
-        attention: Attention, fused: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, 1, q + k + v] -> query [B, H, 1, D] and key, both turned, and value [B, G, 1, D]."""
-        batch, heads = fused.shape[0], attention.num_heads
-        if attention.by_kind:
-            states = fused.view(batch, -1, 1, attention.head_dim)
-            end = heads + attention.num_key_value_heads
-            turned = rotate(states[:, :end], *rotary, attention.pairs, attention.axis)
-            return turned[:, :heads], turned[:, heads:], states[:, end:]
-        states = fused.view(batch, heads, 3, attention.head_dim)  # query and key lie where tokens would
-        turned = rotate(states[:, :, :2], *rotary, attention.pairs, attention.axis)
-        return turned[:, :, :1], turned[:, :, 1:], states[:, :, 2:]
-
-
-class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
     """The language model: next-token logits, generation and chat."""
 
     _auto_class = "AutoModel"  # save_pretrained copies the code too
@@ -1203,240 +737,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self._tied_weights_keys = {
             f"lm_head.{name}": f"transformer.word_embeddings.{name}" for name in ("weight", "weight_scale")
         }
-
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: Any = None,
-        logits_processor: LogitsProcessorList | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """`GenerationMixin.generate`, which stops when scores are no longer finite (FiniteScores).
-
-        For ChatGLM-6B the published four-dimensional masks and two-row positions are taken too. With
-        `int8_cache=True` keys and values are kept in 8 bits (Int8Cache).
-        """
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if kwargs.pop("int8_cache", False):
-            kwargs["past_key_values"] = self._int8_cache(kwargs.get("past_key_values"))
-        check_generation_mask(kwargs.get("attention_mask"), ids)
-        if self.config.family == CHATGLM:
-            self._refuse_chunked_prefill(generation_config, kwargs)
-            mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-            if mask is not None and mask.dim() == 4:
-                kwargs["attention_mask"] = two_dimensional_mask(mask, ids, self.config)
-            if positions is not None and positions.dim() == 3:
-                kwargs["position_ids"] = pack_positions(positions)
-        processors = LogitsProcessorList([FiniteScores(), *(logits_processor or [])])
-        return super().generate(inputs, generation_config, processors, *args, **kwargs)
-
-    def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """What `generate` runs for greedy decoding and sampling: our loop, or the library's where that can more."""
-        if not self._our_loop_will_do(generation_config, synced_gpus, **kwargs):
-            return super()._sample(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus,
-                streamer,
-                **kwargs,
-            )
-        sequences = input_ids
-        steps = decode_steps(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
-        )
-        for sequences, _ in steps:
-            if streamer is not None:
-                streamer.put(sequences[:, -1].cpu())
-        if streamer is not None:
-            streamer.end()
-        return sequences
-
-    def _assisted_decoding(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        inputs_tensor: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """What `generate` runs where several tokens may come of one pass; `prompt_lookup_num_tokens` is our loop's."""
-        looked_up = generation_config.prompt_lookup_num_tokens is not None and not kwargs.get(
-            "assistant_model"
-        )
-        if not looked_up or not self._our_loop_will_do(generation_config, synced_gpus, **kwargs):
-            return super()._assisted_decoding(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus,
-                streamer,
-                inputs_tensor,
-                **kwargs,
-            )
-        return self._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
-        )
-
-    def _our_loop_will_do(self, generation_config: Any, synced_gpus: bool, **kwargs: Any) -> bool:
-        """Whether `decode_steps` gives what `generate` was asked for."""
-        wanted_more = (
-            generation_config.return_dict_in_generate or synced_gpus or generation_config.is_assistant
-        )
-        cache = kwargs.get("past_key_values")
-        # A filled cache comes with all ids, of which the library takes those that follow.
-        known_cache = type(cache) in (DynamicCache, GrowingCache, Int8Cache)
-        other_cache = not known_cache or cache.get_seq_length() > 0
-        # PEFT's prefix tuning brings its keys in through this method, which our loop does not call.
-        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
-        replaced = prepare is not type(self).prepare_inputs_for_generation
-        uncached = "inputs_embeds" in kwargs or not kwargs.get("use_cache", True)
-        return not (wanted_more or other_cache or replaced or uncached)
-
-    def next_position(
-        self, cache: Cache, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Position [B or 1, 1] of the token after those on the cache, packed for ChatGLM-6B."""
-        if self.config.family == CHATGLM:
-            return cache.glm_next_position[1]
-        if position_ids is not None:
-            return position_ids[:, -1:] + 1
-        if attention_mask is not None and attention_mask.dim() == 2:
-            return attention_mask.sum(-1, keepdim=True)
-        return torch.full((1, 1), cache.get_seq_length(), device=self.device)
-
-    def new_cache(self, int8: bool = False) -> GrowingCache:
-        """An empty cache of the kind that our decoding loop fills."""
-        return (Int8Cache if int8 else GrowingCache)(self.config.num_layers, self.cache_dtype)
-
-    def _int8_cache(self, cache: Cache | None) -> Cache:
-        """`cache`, or a new one; ValueError if it is of another kind."""
-        if cache is not None and not isinstance(cache, Int8Cache):
-            raise ValueError(
-                f"int8_cache is true, but past_key_values is a {type(cache).__name__}; begin with an Int8Cache, or "
-                "leave one of the two out."
-            )
-        return self.new_cache(int8=True) if cache is None else cache
-
-    @property
-    def cache_dtype(self) -> torch.dtype | None:
-        """What attention takes keys and values in, None: as they are computed.
-
-        Many heads with keys of their own are slow in half precision on CPUs without instructions for it: 512 tokens
-        take 4.5 ms a layer of ChatGLM-6B in bfloat16, 0.8 ms in float32 (Zen 3).
-        """
-        slow = self.device.type == "cpu" and self.dtype != product_dtype(self.dtype)
-        return torch.float32 if slow and self.config.family == CHATGLM else None
-
-    @property
-    def reads_forward(self) -> bool:
-        """Whether a token of a prompt sees only what stands before it; ChatGLM-6B's see each other both ways."""
-        return self.config.family == CHATGLM2
-
-    def one_token_step(self) -> OneTokenStep | None:
-        """A faster way to call the model with one more token of every row; None where only `forward` will do."""
-        return OneTokenStep(self) if can_step(self) else None
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Several requests in one batch that they join and leave at any step (ChatGLM2-6B only)."""
-        self._refuse_causal_only_attention("paged")
-        return super().init_continuous_batching(*args, **kwargs)
-
-    def _refuse_chunked_prefill(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
-        config = generation_config or self.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
-            raise ValueError(
-                "prefill_chunk_size cuts the prompt into pieces, but ChatGLM-6B reads its prompt in both "
-                "directions and would answer wrongly; leave it out."
-            )
-
-    def _prepare_position_ids_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
-    ) -> torch.Tensor | None:
-        if self.config.family == CHATGLM2:
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        input_ids = inputs_tensor if not inputs_tensor.is_floating_point() else model_kwargs.get("input_ids")
-        if input_ids is None or input_ids.shape[1] == 0:
-            return None
-        check_prompt(input_ids, self.config)
-        return glm_positions(input_ids, model_kwargs.get("attention_mask"), self.config)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """`GenerationMixin`'s, with the packed positions under a name of their own."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if self.config.family == CHATGLM and "position_ids" in inputs:
-            # PEFT's prefix tuning adds its length to `position_ids`, which packed ones do not survive.
-            inputs["packed_position_ids"] = inputs.pop("position_ids")
-        return inputs
-
-    def create_masks_for_generate(
-        self,
-        config: ChatGLMConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        """The mask that static caches are given ahead of `forward`; prompts draw theirs inside, from the ids."""
-        if inputs_embeds.shape[1] > 1:
-            return attention_mask
-        mask = create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
-        if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
-            return ~mask  # the published kind, which `forward` expects of a boolean one
-        return mask
-
-    def stream_generate(
-        self,
-        input_ids: torch.Tensor,
-        generation_config: Any = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: Any = None,
-        prefix_allowed_tokens_fn: Callable | None = None,
-        return_past_key_values: bool = False,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> Iterator:
-        """Yield the sequences so far [B, T] after every token (and the cache, if asked for).
-
-        On a filled `past_key_values`, `input_ids` are only the tokens that follow. The cache never holds the
-        token that was sampled last, as in the published code.
-        """
-        if past_key_values is not None:
-            past = past_key_values.get_seq_length()
-            seen = torch.arange(past + input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
-            kwargs.setdefault("attention_mask", torch.ones_like(seen))
-            kwargs.update(past_key_values=past_key_values, position_ids=seen[:, past:])
-        steps = self.generate(
-            input_ids,
-            generation_config,
-            logits_processor,
-            stopping_criteria,
-            prefix_allowed_tokens_fn,
-            custom_generate=decode_steps,
-            **kwargs,
-        )
-        for sequences, cache in steps:
-            yield (sequences, cache) if return_past_key_values else sequences
-
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """A linear head over the last token of a text: logits [B, num_labels].

@@ -22,7 +22,7 @@ from helpers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chatglm.hub.modeling_chatglm import Attention, eager_attention_forward, sdpa_attention
+from chatglm.hub.layers_chatglm import Attention, eager_attention_forward, sdpa_attention
 
 # Masks and padding
 

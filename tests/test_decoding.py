@@ -27,9 +27,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from chatglm.hub import generation_chatglm, modeling_chatglm
+from chatglm.hub import generation_chatglm
 from chatglm.hub.generation_chatglm import STEP, FiniteScores, GrowingCache, Sampler
-from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration, OneTokenStep, can_step
+from chatglm.hub.layers_chatglm import OneTokenStep, can_step
+from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 
 NEW = 12
 
@@ -324,10 +325,10 @@ def test_scores_that_are_no_numbers_are_told_with_step_and_row(bad):
 def test_slow_half_precision_keys_of_many_heads_are_kept_in_float32(monkeypatch):
     """On a CPU without instructions for bfloat16; the answer is that of the bfloat16 cache to its precision."""
     model, ids = tiny_model(CHATGLM).bfloat16(), prompt(CHATGLM)
-    monkeypatch.setattr(modeling_chatglm, "product_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr(generation_chatglm, "product_dtype", lambda dtype: torch.float32)
     slow = list(model.stream_generate(ids, max_new_tokens=3, do_sample=False, return_past_key_values=True))
     assert {layer.keys.dtype for layer in slow[-1][1].layers} == {torch.float32}
-    monkeypatch.setattr(modeling_chatglm, "product_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(generation_chatglm, "product_dtype", lambda dtype: dtype)
     fast = list(model.stream_generate(ids, max_new_tokens=3, do_sample=False, return_past_key_values=True))
     assert {layer.keys.dtype for layer in fast[-1][1].layers} == {torch.bfloat16}
     for ours, theirs in zip(slow[-1][1].layers, fast[-1][1].layers, strict=True):

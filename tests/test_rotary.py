@@ -20,12 +20,8 @@ from helpers import (
 from safetensors.torch import load_file
 
 from chatglm.hub.configuration_chatglm import ChatGLMConfig
-from chatglm.hub.modeling_chatglm import (
-    ChatGLMForConditionalGeneration,
-    RotaryEmbedding,
-    partners_of,
-    rotate,
-)
+from chatglm.hub.layers_chatglm import RotaryEmbedding, partners_of, rotate
+from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.positions_chatglm import pack_positions
 
 

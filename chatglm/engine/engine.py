@@ -25,7 +25,7 @@ from chatglm.engine.request import EngineClosed, QueueFull, Request, check_reque
 from chatglm.engine.rows import Rows
 from chatglm.engine.sampling import Chooser, choose
 from chatglm.hub.generation_chatglm import GrowingCache, read_prompt
-from chatglm.hub.modeling_chatglm import check_prompt
+from chatglm.hub.positions_chatglm import check_prompt
 from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from chatglm.engine.cluster import Cluster, Scale
 from chatglm.engine.engine import Facts, Statistics
 from chatglm.engine.replica import Part
 from chatglm.engine.request import EngineClosed, QueueFull, Request, check_request
-from chatglm.hub.modeling_chatglm import check_prompt
+from chatglm.hub.positions_chatglm import check_prompt
 from chatglm.hub.tokenization_chatglm import CHATGLM
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_FILES = (
     "configuration_chatglm.py",
     "generation_chatglm.py",
+    "layers_chatglm.py",
     "modeling_chatglm.py",
     "positions_chatglm.py",
     "quantization.py",
@@ -77,10 +78,8 @@ def write_parts(parts: Parts, folder: Path, progress: bool = True) -> None:
 
     Raises ValueError, naming the tensor, for numbers that are not finite.
     """
-    config = ChatGLMConfig.from_dict(
-        parts.config.to_dict()
-        | {"auto_map": dict(AUTO_MAP), "architectures": ["ChatGLMForConditionalGeneration"]}
-    )
+    published = {"auto_map": dict(AUTO_MAP), "architectures": ["ChatGLMModel"]}  # SGLang knows no other
+    config = ChatGLMConfig.from_dict(parts.config.to_dict() | published)
     config.save_pretrained(folder)
     parts.generation.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
