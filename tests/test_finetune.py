@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -467,6 +468,33 @@ def test_the_command_trains_and_tells_what_comes_next(settings, data, capsys):
     assert main(["finetune", settings.model, "--data", data, *flags, "--probe", "none"]) == 1
     assert "not empty" in capsys.readouterr().err
     assert main(["finetune", "--resume", "--output", settings.output]) == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_ask_answers_with_what_was_learned_without_converting(settings, data, method, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    rate = {"lora": 2e-2, "ptuning": 0.3}[method]
+    more = {"max_steps": 60, "pre_seq_len": 8, "lora_rank": 8, "learning_rate": rate}
+    assert learned(quietly(replace(settings, method=method, eval_data=(data,), save_steps=100, **more)))
+    model, tokenizer = load_finetuned(settings.output, device="cpu")
+    expected, _ = model.chat(tokenizer, "你好", do_sample=False, max_length=24)
+    flags = f"--adapter {settings.output} --device cpu --temperature 0 --max-length 24 --json".split()
+    capsys.readouterr()
+    assert main(["ask", "你好", *flags]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["answer"] == expected
+    assert told["model"] == settings.model  # the one that the adapter was made for
+    base, _ = chatglm.load(settings.model, "cpu")[0].chat(tokenizer, "你好", do_sample=False, max_length=24)
+    assert base != expected
+
+
+def test_an_adapter_that_does_not_fit_is_told_in_one_line(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    quietly(settings)
+    assert main(["ask", "你好", "--model", "demo", "--adapter", settings.output]) == 1
+    assert "was made for a model of other sizes" in capsys.readouterr().err
+    assert main(["ask", "你好", "--adapter", str(tmp_path)]) == 1
+    assert "holds no adapter (adapter_config.json) and no prefix" in capsys.readouterr().err
 
 
 def test_the_command_tells_a_wrong_column_in_one_line(settings, data, capsys):

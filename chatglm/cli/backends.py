@@ -7,6 +7,7 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint
@@ -65,6 +66,12 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
     add_loading_options(parser)
     add = parser.add_argument
     add(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="what chatglm finetune wrote: a LoRA adapter or a prefix (the model is then the one it was made for)",
+    )
+    add(
         "--url",
         help="ask this OpenAI-compatible server, such as http://127.0.0.1:8000, instead of loading a model",
     )
@@ -107,7 +114,7 @@ def open_backend(arguments: argparse.Namespace) -> Backend:
 
 
 def _open_server(arguments: argparse.Namespace) -> ServedModel:
-    for name in ("revision", "device", "dtype", "quantize", "prompt_lookup", "int8_cache"):
+    for name in ("adapter", "revision", "device", "dtype", "quantize", "prompt_lookup", "int8_cache"):
         if getattr(arguments, name):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} is for a model that is loaded here; leave it out with --url.")
@@ -130,8 +137,18 @@ def _open_server(arguments: argparse.Namespace) -> ServedModel:
     )
 
 
+def _base(arguments: argparse.Namespace) -> str:
+    """The model that is named, or the one that the adapter was made for; without either, ours."""
+    if not arguments.adapter:
+        return arguments.model or "demo"
+    from chatglm.training.methods import base_of, check_adapter
+
+    check_adapter(arguments.adapter)
+    return arguments.model or base_of(arguments.adapter)
+
+
 def _load_model(arguments: argparse.Namespace) -> LoadedModel:
-    name = arguments.model or "demo"
+    name = _base(arguments)
     # Before torch is imported, which takes seconds: most mistakes are told at once.
     checkpoint = read_checkpoint(find_checkpoint(name, arguments.revision))
     temperature = arguments.temperature
@@ -140,11 +157,12 @@ def _load_model(arguments: argparse.Namespace) -> LoadedModel:
     with _used_up_memory_in_words():
         model, tokenizer = _load(checkpoint, arguments)
     dtype = str(model.dtype).removeprefix("torch.")
+    taught = f" with {arguments.adapter}" if arguments.adapter else ""
     return LoadedModel(
         model,
         tokenizer,
         name=name,
-        description=f"{name}: {checkpoint.sizes.parameters:,} parameters, {dtype} on {model.device}",
+        description=f"{name}{taught}: {checkpoint.sizes.parameters:,} parameters, {dtype} on {model.device}",
         max_length=arguments.max_length,
         temperature=temperature,
         top_p=arguments.top_p,
@@ -160,7 +178,15 @@ def _load(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple:
 
     if checkpoint.sizes.parameters < LARGE:
         transformers.utils.logging.disable_progress_bar()
-    loaded = load(checkpoint.folder, arguments.device, arguments.dtype, arguments.quantize)
+    loading = {name: getattr(arguments, name) for name in ("device", "dtype", "quantize")}
+    if arguments.adapter:
+        from chatglm.training.methods import load_finetuned
+
+        model, tokenizer = load_finetuned(arguments.adapter, checkpoint.folder, **loading)
+        # Of an adapter, the model that it was put into, which chats by itself.
+        loaded = (model.get_base_model() if hasattr(model, "get_base_model") else model), tokenizer
+    else:
+        loaded = load(checkpoint.folder, **loading)
     if arguments.seed is not None:
         transformers.set_seed(arguments.seed)
     return loaded

@@ -9,7 +9,8 @@ freeze   the weights of the last layers; saved as a checkpoint
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def load_finetuned(
     adapter, prefix = folder / ADAPTER_CONFIG, folder / PREFIX_FILE
     if not adapter.is_file() and not prefix.is_file():
         return load(folder, **loading)
-    model, tokenizer = load(base or _base_of(folder), **loading)
+    model, tokenizer = load(base or base_of(folder), **loading)
     if adapter.is_file():
         check_peft()
         from peft import LoraConfig, PeftModel
@@ -239,18 +240,42 @@ def load_finetuned(
         config = LoraConfig.from_pretrained(folder)
         config._register_custom_module(packed_layers())
         model.train()  # out of the layout in which PEFT would find no weights
-        return PeftModel.from_pretrained(model, folder, config=config).eval(), tokenizer
+        with _misfits_in_words(folder, model):
+            return PeftModel.from_pretrained(model, folder, config=config).eval(), tokenizer
     config = read_config(folder)
     add_prefix(model, config["pre_seq_len"], config["prefix_projection"])
     state = read_state([read_weight_file(prefix).path])
     encoder = {
         name.removeprefix(PREFIX): tensor.load() for name, tensor in state.items() if name.startswith(PREFIX)
     }
-    model.transformer.prefix_encoder.load_state_dict(encoder)
+    with _misfits_in_words(folder, model):
+        model.transformer.prefix_encoder.load_state_dict(encoder)
     return model.eval(), tokenizer
 
 
-def _base_of(folder: Path) -> str:
+@contextmanager
+def _misfits_in_words(folder: Path, model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch and PEFT list every tensor of another shape
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} was made for a model of other sizes than {model.config.name_or_path}; name the one it was made "
+            "for."
+        ) from None
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises OSError if `folder` holds nothing that is put on a base."""
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, PREFIX_FILE)):
+        raise OSError(
+            f"{folder} holds no adapter ({ADAPTER_CONFIG}) and no prefix ({PREFIX_FILE}); give the output of "
+            "chatglm finetune --method lora or ptuning."
+        )
+
+
+def base_of(folder: Path) -> str:
     """The model that the settings of the run name: of `chatglm finetune`, `dpo` or `rl`."""
     files = [folder / name for name in RUN_FILES if (folder / name).is_file()]
     keys = yaml.safe_load(files[0].read_text(encoding="utf-8")) if files else None
