@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -323,6 +325,32 @@ def test_a_killed_browser_keeps_what_was_shown(chromium, engine, network, tmp_pa
     page.goto(address)
     expect(last(page)).to_have_text("one two")
     context.close()
+
+
+def test_a_killed_server_takes_nothing_of_what_was_shown(context):
+    def start(port: str, answer: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, str(Path(__file__).with_name("scripted_server.py")), port, "count", answer]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        with process.stdout as said:
+            return process, said.readline().strip()
+
+    process, port = start("0", f"one two{PAUSE} three")
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{port}")
+    ask(page, "count")
+    expect(last(page)).to_have_text("one two")
+    page.wait_for_timeout(400)  # what is shown is stored within 300 ms
+    process.kill()
+    process.wait(10)
+    expect(last(page, ".note span")).to_have_text("The connection broke off; what had come is kept.")
+    expect(last(page)).to_have_text("one two")
+    process, _ = start(port, "one two three")
+    page.reload()
+    expect(last(page)).to_have_text("one two")
+    last(page, ".note button").click()
+    expect(last(page)).to_have_text("one two three")
+    process.kill()
+    process.wait(10)
 
 
 def kill_browser(profile: Path) -> None:

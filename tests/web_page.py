@@ -159,14 +159,14 @@ def scripted_model(tokenizer: ChatGLMTokenizer) -> Any:
 
 
 @contextlib.contextmanager
-def served(load: Callable[[], Any], settings: Settings | None = None) -> Iterator[int]:
-    """Serves a model, as `chatglm serve` does, in a thread; yields the port."""
+def served(load: Callable[[], Any], settings: Settings | None = None, port: int = 0) -> Iterator[int]:
+    """Serves a model, as `chatglm serve` does, in a thread; yields the port, any that is free if it is 0."""
     import uvicorn
 
     from chatglm.server.app import create_app
 
     app = create_app(load, settings)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
