@@ -48,7 +48,7 @@ test: check
 # Kernels, downloads, vocabularies, reports, servers, pages and terminals do not know transformers: tested with one of
 # its releases only.
 KNOW_NO_TRANSFORMERS := $(wildcard $(addprefix tests/test_,*_kernel*.py server*.py web*.py cli_chat*.py)) \
-	$(foreach name,ask bench checkpoint client demo_data download slim verify,tests/test_$(name).py)
+	$(foreach name,ask bench checkpoint client demo_data download replicas slim verify,tests/test_$(name).py)
 test-oldest: .venv-oldest/test
 	.venv-oldest/bin/python $(PYTEST) tests/hub
 	.venv-oldest/bin/python $(PYTEST) --ignore=tests/hub $(KNOW_NO_TRANSFORMERS:%=--ignore=%)
