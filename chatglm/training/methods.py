@@ -66,7 +66,7 @@ def check_method(settings: Settings, config: dict[str, Any], device: torch.devic
 def check_peft() -> None:
     """Raises ValueError if PEFT is missing."""
     if find_spec("peft") is None:
-        raise ValueError("LoRA needs PEFT, which is not installed; pip install 'chatglm[train]'.")
+        raise ValueError("LoRA needs PEFT, which is not installed; pip install peft.")
 
 
 def training_device(name: str | None) -> torch.device:

@@ -25,9 +25,8 @@ def check_scores() -> None:
     """Raises ValueError if a library is missing."""
     for module in ("nltk", "rouge_chinese", "rjieba"):
         if find_spec(module) is None:
-            raise ValueError(
-                f"BLEU and ROUGE need {module}, which is not installed; pip install 'chatglm[train]'."
-            )
+            package = module.replace("_", "-")
+            raise ValueError(f"BLEU and ROUGE need {package}, which is not installed; pip install {package}.")
 
 
 def answer(
