@@ -342,6 +342,21 @@ def test_the_output_tells_how_it_was_made(tiny_v2_folder, data, tmp_path):
         assert part in text
 
 
+def test_several_processes_are_refused(tiny_v2_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="chatglm dpo runs in one process"):
+        quietly(dpo, settings(DpoSettings, tiny_v2_folder, data, tmp_path / "out"))
+
+
+def test_the_loss_of_the_better_answers_may_be_added(tiny_v2_folder, data, tmp_path):
+    plain = settings(DpoSettings, tiny_v2_folder, data, tmp_path / "plain", batch_size=4, max_steps=1)
+    both = replace(plain, output=str(tmp_path / "both"), sft_weight=0.5)
+    alone, summed = (quietly(dpo, run).curve("loss")[0][1] for run in (plain, both))
+    assert alone == pytest.approx(math.log(2), abs=1e-6)
+    assert summed > alone + 0.5  # half of some nats per token, of random weights
+
+
 def test_no_report_is_sent_to_anybody(tiny_v2_folder, data, tmp_path, monkeypatch):
     import trl.trainer.base_trainer as base
 

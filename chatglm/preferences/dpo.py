@@ -59,6 +59,11 @@ class DpoTask(Task):
         model, _ = load_base(self.settings, device)
         return model
 
+    def losses(self) -> dict[str, list]:
+        """What is added up: DPO's own loss, and perhaps the mean over the tokens of the better answers."""
+        weight = self.settings.sft_weight
+        return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight]} if weight else {}
+
     def trainer(self, model: Any, arguments: Callable[..., Any], **given: Any) -> Any:
         from trl import DPOConfig, DPOTrainer
 
@@ -66,7 +71,7 @@ class DpoTask(Task):
         # the reference; it would keep a copy of an adapter that is there.
         return trainer_class(DPOTrainer)(
             model=model,
-            args=arguments(DPOConfig, beta=self.settings.beta, max_length=None),
+            args=arguments(DPOConfig, beta=self.settings.beta, max_length=None, **self.losses()),
             peft_config=lora_config(self.settings, "CAUSAL_LM"),
             **given,
         )

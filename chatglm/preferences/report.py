@@ -120,6 +120,7 @@ def draw_curves(outcome: Outcome, panels: Panels, file: Path) -> bool:
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker=marker)
         axes.set(xlabel="step", title=title)
         axes.title.set_fontsize(10)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(axes.lines) > 1:
             axes.legend()
         axes.grid(alpha=0.3)

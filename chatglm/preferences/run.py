@@ -25,6 +25,7 @@ from chatglm.training.finetune import (
     licence_of,
     tell_data,
 )
+from chatglm.training.processes import number_of_processes
 
 
 class Task:
@@ -70,6 +71,8 @@ class Task:
 def execute(task: Task, resume: bool, overwrite: bool, progress: bool, say: Callable[[str], Any]) -> Any:
     """Does what the settings of `task` ask for; returns the Outcome. See `chatglm.training.finetune.finetune`."""
     settings = task.settings.check()
+    if number_of_processes() > 1:
+        raise ValueError(f"chatglm {task.command} runs in one process; start it without accelerate launch.")
     check_libraries()
     output = Path(settings.output).expanduser()
     check_output(output, resume, overwrite, task.settings_file)
@@ -83,10 +86,9 @@ def execute(task: Task, resume: bool, overwrite: bool, progress: bool, say: Call
     import transformers
 
     from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
-    from chatglm.loading import default_device
     from chatglm.training import methods
 
-    device = methods.torch.device(settings.device) if settings.device else default_device()
+    device = methods.training_device(settings.device)
     methods.check_method(settings, checkpoint.config, device)
     tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint.folder)
     rows = {purpose: task.lay_out(tokenizer, found) for purpose, found in data.items()}
@@ -119,7 +121,7 @@ def check_libraries() -> None:
     if missing:
         raise ValueError(
             f"Learning from preferences needs {' and '.join(missing)}, which is not installed; pip install "
-            "'chatglm[preferences]', on Python 3.11 or newer."
+            f"{' '.join(missing)}, on Python 3.11 or newer."
         )
 
 
@@ -245,9 +247,7 @@ class _Run:
             self.task.save(self.trainer.model, self.tokenizer, folder, dtype)
             drawn = draw_curves(self.outcome, self.task.panels, folder / CURVES)
             if not drawn:
-                self.say(
-                    "There is no picture of the curves without matplotlib; pip install 'chatglm[train]'."
-                )
+                self.say("There is no picture of the curves without matplotlib; pip install matplotlib.")
             text = readme(self.task, self.outcome, licence_of(self.checkpoint.folder), drawn)
             (folder / "README.md").write_text(text, encoding="utf-8")
             for path in sorted(folder.iterdir(), key=lambda path: path.name == "README.md"):

@@ -96,6 +96,9 @@ class DpoSettings(PreferenceSettings):
     chosen_column: str | None = option("column of the better answers")
     rejected_column: str | None = option("column of the worse answers")
     beta: float = option("how strongly the model is held to what it was", 0.1, above=0)
+    sft_weight: float = option(
+        "of the loss of the better answers, which is added to that of DPO", 0.0, least=0
+    )
     quantize: int | None = same("quantize")
 
 

@@ -49,7 +49,6 @@ def training_arguments(
     dtype = training_dtype(settings, device)
     eval_strategy = "no" if not watched else "steps" if settings.eval_steps else "epoch"
     arguments = kind(
-        **more,
         output_dir=settings.output,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=max(settings.batch_size, 4),
@@ -61,7 +60,7 @@ def training_arguments(
         weight_decay=settings.weight_decay,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        **_checkpointing(settings.gradient_checkpointing),
+        **(more | _checkpointing(settings.gradient_checkpointing)),
         seed=settings.seed,
         # Autocast: what is trained stays in float32, and float16 gets its loss scaled.
         bf16=dtype == "bfloat16",
