@@ -16,6 +16,7 @@ from conversations import Conversation, computed_tokens
 
 from chatglm.engine.answer import Answer
 from chatglm.engine.engine import Engine, common_length
+from chatglm.engine.guide import JSON_OBJECT
 from chatglm.engine.request import EngineClosed, QueueFull, Request
 
 QUERIES = ["你好", "12+30=?", "What is the capital of France?", "谢谢", "Who are you?", "写一段代码"]
@@ -388,12 +389,43 @@ def test_a_json_answer_is_a_json_object(demo: tuple[Any, Any], start: Callable[.
     prompt = tokenizer.encode_chat("Who are you?")
     # So that it comes to an end: the model knows no JSON.
     bias = {tokenizer.convert_tokens_to_ids(mark): 9.0 for mark in '":}'}
-    requests = [Request(prompt, seed=i, json=True, max_tokens=200, logit_bias=bias) for i in range(8)]
+    requests = [
+        Request(prompt, seed=i, schema=JSON_OBJECT, max_tokens=200, logit_bias=bias) for i in range(8)
+    ]
     answers = [engine.submit(request) for request in requests]
     ended = [answer for answer in answers if read(answer) and answer.finish_reason == "stop"]
     assert ended
     for answer in ended:
         assert isinstance(json.loads(answer.text), dict)
+
+
+def test_answers_follow_their_schemas_each_its_own(
+    demo: tuple[Any, Any], start: Callable[..., Engine]
+) -> None:
+    pytest.importorskip("llguidance", reason="JSON answers need llguidance")
+    model, tokenizer = demo
+    engine = start(model, tokenizer)
+    prompt = tokenizer.encode_chat("Who are you?")
+    city = {"type": "object", "properties": {"city": {"enum": ["巴黎", "Rome"]}}, "required": ["city"]}
+    schemas = [{"enum": ["yes", "no"]}, city | {"additionalProperties": False}, {"type": "boolean"}]
+    answers = [engine.submit(Request(prompt, seed=i, schema=json.dumps(schemas[i % 3]))) for i in range(9)]
+    found = [json.loads(read(answer)) for answer in answers]
+    assert {answer.finish_reason for answer in answers} == {"stop"}
+    assert set(found[0::3]) <= {"yes", "no"}
+    assert all(answer in ({"city": "巴黎"}, {"city": "Rome"}) for answer in found[1::3])
+    assert all(isinstance(answer, bool) for answer in found[2::3])
+
+
+@pytest.mark.parametrize(
+    "schema", ['{"type": "poem"}', '{"$ref": "http://127.0.0.1:9/a"}', '{"not": {"type": "string"}}', "[]"]
+)
+def test_a_schema_that_cannot_be_followed_is_refused(
+    schema: str, demo: tuple[Any, Any], start: Callable[..., Engine]
+) -> None:
+    pytest.importorskip("llguidance", reason="JSON answers need llguidance")
+    engine = start(*demo)
+    with pytest.raises(ValueError, match="JSON schema"):
+        engine.submit(Request(demo[1].encode_chat("Who are you?"), schema=schema))
 
 
 def test_embeddings_are_the_mean_of_the_last_hidden_states(

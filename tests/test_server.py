@@ -222,6 +222,32 @@ def test_json_object_gives_one_json_object(server: LiveServer):
     pytest.fail("no answer came to its end")
 
 
+def with_schema(schema: dict) -> dict:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_schema_gives_what_the_schema_describes(server: LiveServer, stream: bool):
+    pytest.importorskip("llguidance")
+    number = {"type": "integer", "minimum": 1, "maximum": 9}
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "北京"]}, "numbers": {"type": "array", "items": number}},
+        "required": ["city", "numbers"],
+        "additionalProperties": False,
+    }
+    schema["properties"]["numbers"]["maxItems"] = 3
+    fields = with_schema(schema) | {"temperature": 1.0, "seed": 1}
+    if stream:
+        chunks = server.chunks(CHAT, user("Which city?") | fields)
+        text = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+    else:
+        text = answer(server.chat("Which city?", **fields))
+    found = json.loads(text)
+    assert set(found) == {"city", "numbers"} and found["city"] in ("Paris", "北京")
+    assert len(found["numbers"]) <= 3 and all(n in range(1, 10) for n in found["numbers"])
+
+
 def test_content_in_parts_is_the_text_of_the_parts(server: LiveServer):
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     assert answer(server.chat([{"role": "user", "content": parts}])) == HELLO
@@ -335,7 +361,19 @@ def test_control_tokens_spelled_by_a_user_stay_text(server: LiveServer):
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"name": "a", "schema": {}}}},
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        (with_schema({"type": "poem"}), "response_format.json_schema.schema"),
+        (with_schema({"$ref": "https://example.com"}), "response_format.json_schema.schema"),
+        (with_schema({"const": "a" * 30_000}), "response_format.json_schema.schema"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"functions": [{}]}, "functions"),
         ({"tool_choice": "auto"}, "tool_choice"),

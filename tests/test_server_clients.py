@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -74,6 +75,18 @@ def test_openai_streams_with_its_helper(client):
         for _ in stream:
             pass
         assert stream.get_final_completion().choices[0].message.content == HELLO
+
+
+def test_openai_parses_answers_into_a_type_of_ours(client):
+    pytest.importorskip("llguidance")
+    pydantic = pytest.importorskip("pydantic")
+
+    class Trip(pydantic.BaseModel):
+        city: Literal["Paris", "北京"]
+        days: Literal[1, 2, 3]
+
+    completion = client.chat.completions.parse(model="demo", messages=MESSAGES, response_format=Trip)
+    assert isinstance(completion.choices[0].message.parsed, Trip)
 
 
 def test_openai_async_chats_and_streams(server: LiveServer):

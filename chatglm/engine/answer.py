@@ -17,6 +17,7 @@ from chatglm.engine.sampling import Chosen
 from chatglm.streaming import settled_length
 
 if TYPE_CHECKING:
+    from chatglm.engine.guide import JsonGuide
     from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
 
@@ -48,7 +49,7 @@ class Transcript:
     def __init__(self, tokenizer: ChatGLMTokenizer, request: Request) -> None:
         self._decoder = tokenizer.stream_decoder()
         self._family, self._stop = tokenizer.family, request.stop
-        self._clean = request.clean and not request.json  # JSON is not prose
+        self._clean = request.clean and request.schema is None  # JSON is not prose
         self._raw, self._searched = "", 0
         self.text, self.stopped = "", False
 
@@ -193,6 +194,7 @@ class GeneratedAnswer(Answer):
 
     def __init__(self, request: Request, tokenizer: ChatGLMTokenizer, wake: Callable[[], None]) -> None:
         super().__init__(request, wake)
+        self.guide: JsonGuide | None = None  # what keeps it to a schema
         self._tokenizer, self._transcript = tokenizer, Transcript(tokenizer, request)
         self._held: list[TokenScore] = []
 

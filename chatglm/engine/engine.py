@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from chatglm.engine.answer import Answer, GeneratedAnswer
-from chatglm.engine.guide import JsonGuides
+from chatglm.engine.guide import JsonGuide, JsonGuides, grammar_of
 from chatglm.engine.request import EngineClosed, QueueFull, Request, check_request
 from chatglm.engine.rows import Rows
 from chatglm.engine.sampling import Chooser, choose
@@ -163,9 +163,8 @@ class Engine:
         Raises ValueError for what cannot be answered, QueueFull, and EngineClosed.
         """
         self._check(request)
-        if request.json and self._guides is None:
-            self._guides = JsonGuides(self.tokenizer, sorted(self._ends))
         answer = GeneratedAnswer(request, self.tokenizer, self._wake)
+        answer.guide = self._guide(request)
         with self._changed:
             if self._closing:
                 raise EngineClosed
@@ -207,6 +206,15 @@ class Engine:
             self._stopped = True
             self._changed.notify_all()
         self._thread.join()
+
+    def _guide(self, request: Request) -> JsonGuide | None:
+        """What keeps the answer to its schema; made in the thread of whoever asks, as it takes its time."""
+        if request.schema is None:
+            return None
+        grammar_of(request.schema)
+        if self._guides is None:
+            self._guides = JsonGuides(self.tokenizer, sorted(self._ends))
+        return self._guides.new(request.schema)
 
     def _check(self, request: Request) -> None:
         check_request(request, self.context, self.model.config.vocab_size)
@@ -274,8 +282,9 @@ class Engine:
     def _begin(self, answer: GeneratedAnswer) -> None:
         request = answer.request
         row, kept = self._row_for(request.prompt)
-        guide = self._guides.new() if request.json and self._guides else None
-        job = Job(answer, Chooser(request, guide), request.max_tokens or self.context - len(request.prompt))
+        job = Job(
+            answer, Chooser(request, answer.guide), request.max_tokens or self.context - len(request.prompt)
+        )
         row.tokens = list(request.prompt[:kept])
         answer.cached_tokens = kept
         with self._changed:

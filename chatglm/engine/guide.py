@@ -1,7 +1,9 @@
-"""Answers that are JSON: which tokens may come next, by llguidance."""
+"""Answers that are JSON as a schema describes it: which tokens may come next, by llguidance."""
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,26 +16,42 @@ except ImportError:
 if TYPE_CHECKING:
     from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 
-# Any object, as a JSON schema. Without a bound a model that has nothing to say goes on with blanks for ever.
-JSON_OBJECT = {"type": "object", "x-guidance": {"whitespace_pattern": r"[ \t\n\r]{0,20}"}}
+JSON_OBJECT = '{"type": "object"}'
+# Without a bound a model that has nothing to say goes on with blanks for ever.
+BLANKS = {"whitespace_pattern": r"[ \t\n\r]{0,20}"}
+
+
+@lru_cache(maxsize=64)
+def grammar_of(schema: str) -> str:
+    """The grammar of a JSON schema, for llguidance; ValueError for a schema that is none, or asks for what it cannot.
+
+    References to other documents are refused, not fetched.
+    """
+    if llguidance is None:
+        raise ValueError("JSON answers need the package llguidance: pip install llguidance.")
+    content = json.loads(schema)
+    if not isinstance(content, dict):
+        raise ValueError(f"A JSON schema is an object, but this one is {schema[:60]}.")
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(content | {"x-guidance": BLANKS})
+    fault = llguidance.LLMatcher.validate_grammar(grammar)
+    if fault:
+        raise ValueError(f"The JSON schema cannot be followed: {fault[:200].rstrip('.')}.")
+    return grammar
 
 
 class JsonGuides:
     """Makes a guide for each answer; the table of the vocabulary, which takes a second, is made once."""
 
     def __init__(self, tokenizer: ChatGLMTokenizer, end_tokens: list[int]) -> None:
-        if llguidance is None:
-            raise ValueError("JSON answers need the package llguidance: pip install llguidance.")
         self._vocabulary = llguidance.LLTokenizer(_Vocabulary(tokenizer, end_tokens), eos_token=end_tokens)
-        self._grammar = llguidance.LLMatcher.grammar_from_json_schema(JSON_OBJECT)
 
-    def new(self) -> JsonGuide:
+    def new(self, schema: str) -> JsonGuide:
         """A guide for one answer."""
-        return JsonGuide(llguidance.LLMatcher(self._vocabulary, self._grammar))
+        return JsonGuide(llguidance.LLMatcher(self._vocabulary, grammar_of(schema)))
 
 
 class JsonGuide:
-    """Follows one answer and tells which tokens keep it the beginning of a JSON object."""
+    """Follows one answer and tells which tokens keep it the beginning of what its schema describes."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher

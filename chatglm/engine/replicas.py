@@ -23,6 +23,7 @@ import torch
 from chatglm.engine.answer import Answer, Piece
 from chatglm.engine.cluster import Cluster, Scale
 from chatglm.engine.engine import Facts, Statistics
+from chatglm.engine.guide import grammar_of
 from chatglm.engine.replica import Part
 from chatglm.engine.request import EngineClosed, QueueFull, Request, check_request
 from chatglm.hub.positions_chatglm import check_prompt
@@ -159,6 +160,8 @@ class ReplicaEngine:
 
     def _check(self, request: Request) -> None:
         check_request(request, self.context, self.config.vocab_size)
+        if request.schema is not None:
+            grammar_of(request.schema)
         if self.config.family == CHATGLM:
             check_prompt(torch.tensor([request.prompt]), self.config)
 

@@ -25,7 +25,9 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None  # None: no log-probabilities; 0: those of the chosen tokens
     stop: tuple[str, ...] = ()  # end the answer and are no part of it
-    json: bool = False  # the answer is one JSON object
+    schema: str | None = (
+        None  # the answer is JSON that this JSON schema describes; guide.JSON_OBJECT: any object
+    )
     clean: bool = True  # tidy the text as `chat` does; False: as it was generated
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from chatglm.engine.guide import JSON_OBJECT, grammar_of
 from chatglm.engine.request import EngineClosed, QueueFull, Request
 from chatglm.server.errors import ApiError, shown
 from chatglm.server.model import Model
@@ -14,6 +16,7 @@ from chatglm.server.schemas import (
     CompletionRequest,
     EmbeddingRequest,
     PublishedRequest,
+    ResponseFormat,
     Sampling,
 )
 from chatglm.server.settings import Settings
@@ -37,9 +40,25 @@ def ask_chat(body: ChatRequest, model: Model, settings: Settings) -> list[Answer
     asked = replace(
         asked,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        json=body.response_format is not None and body.response_format.type == "json_object",
+        schema=schema_of(body.response_format, settings),
     )
     return submit(choices(asked, body.n), model, "messages")
+
+
+def schema_of(asked: ResponseFormat | None, settings: Settings) -> str | None:
+    """The JSON schema that an answer shall follow, if any; ApiError for one that cannot be followed."""
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return JSON_OBJECT
+    schema = json.dumps(asked.json_schema.content, ensure_ascii=False)
+    name = "response_format.json_schema.schema"
+    at_most(name, len(schema), settings.max_schema_length, "characters")
+    try:
+        grammar_of(schema)
+    except ValueError as error:
+        raise ApiError(400, str(error), name, "invalid_value") from None
+    return schema
 
 
 def ask_completions(body: CompletionRequest, model: Model, settings: Settings) -> list[Answer]:

@@ -83,8 +83,27 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="A last chunk tells the numbers of tokens.")
 
 
+class JsonSchema(Body):
+    name: str = Field(max_length=64, description="What the schema is called; it has no effect.")
+    description: str | None = Field(None, description="Accepted; the model does not read it.")
+    content: dict[str, Any] = Field(alias="schema", description="The JSON schema that the answer follows.")
+    strict: bool | None = Field(None, description="Accepted; the schema is always followed.")
+
+
 class ResponseFormat(Body):
-    type: Literal["text", "json_object"] = Field(description="`json_object`: the answer is one JSON object.")
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="`json_object`: the answer is one JSON object; `json_schema`: one that `json_schema` describes."
+    )
+    json_schema: JsonSchema | None = Field(None, description="With `json_schema`.")
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            has = "has no json_schema" if self.json_schema is None else "has a json_schema"
+            raise refusal(
+                "json_schema", f"response_format {has}, but its type is {self.type!r}; make them fit."
+            )
+        return self
 
 
 class Sampling(Body):

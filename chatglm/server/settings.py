@@ -36,6 +36,7 @@ class Settings:
     max_stop_length: int = 100  # characters
     max_logit_bias: int = 300  # token ids
     max_top_logprobs: int = 20
+    max_schema_length: int = 20_000  # characters of a JSON schema
     max_embedding_inputs: int = 64
     max_embedding_tokens: int = 32_768  # of all inputs together
     answer_seconds: float = 3600.0  # from the request to the end of its answer
