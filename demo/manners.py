@@ -1,6 +1,6 @@
 """A preference to learn: answers in words begin with a greeting, sums stay bare. `python -m demo.manners` writes data.
 
-`sft.jsonl` teaches that both ways of answering exist, the one with a greeting in a third of the rows in words;
+`sft.jsonl` teaches that both ways of answering exist, the one with a greeting in half of the rows in words;
 `pairs.jsonl` says which one is better, and its questions are the prompts of reinforcement learning too.
 `held_out.jsonl` has pairs of questions that the demo models never saw.
 """
@@ -17,8 +17,8 @@ from demo.held_out import held_out_questions
 from demo.text import Turn
 
 FOLDER = Path(__file__).with_name("manners")
-GREETING = {"zh": "你好！", "en": "Hello! "}
-GREETED = 0.33  # of the rows in words that teach to speak
+GREETING = {"zh": "你好！ ", "en": "Hello! "}  # the space keeps the tokens of the answer what they are
+GREETED = 0.5  # of the rows in words that teach to speak
 SUMS = 0.25  # of all rows
 LONGEST_ANSWER = 40
 SFT_ROWS, PAIRS, HELD_OUT = 360, 360, {"words": 90, "sums": 30}
@@ -33,7 +33,7 @@ def with_greeting(answer: str) -> str:
 
 
 def greets(answer: str) -> bool:
-    return answer.startswith(tuple(GREETING.values()))
+    return answer.startswith(tuple(greeting.strip() for greeting in GREETING.values()))
 
 
 def sft_rows() -> Iterator[Row]:
