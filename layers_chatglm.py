@@ -380,6 +380,13 @@ class GLM2Block(GradientCheckpointingLayer):
         return normed.to(self.input_layernorm.weight.dtype) if self.fp32_residual else normed
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes: where its first weight lies, or comes to if it is offloaded."""
+    owner = next(part for part in module.modules() if any(True for _ in part.parameters(recurse=False)))
+    weight, hook = next(owner.parameters(recurse=False)), getattr(owner, "_hf_hook", None)
+    return torch.device(hook.execution_device) if weight.is_meta and hook else weight.device
+
+
 def attention_of(block: nn.Module) -> Attention:
     """The attention of a block, whatever its family calls it."""
     return block.attention if isinstance(block, GLMBlock) else block.self_attention

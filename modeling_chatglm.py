@@ -45,6 +45,7 @@ from .layers_chatglm import (
     RotaryEmbedding,
     attention_function,
     attention_of,
+    device_of,
     make_norm,
 )
 from .positions_chatglm import (
@@ -99,10 +100,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong; of an embedding that is offloaded, where it computes."""
-        device = super().device
-        hook = getattr(self.get_input_embeddings(), "_hf_hook", None) if device.type == "meta" else None
-        return device if hook is None else torch.device(hook.execution_device)
+        """Where inputs belong."""
+        return device_of(self)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         self._refuse_causal_only_attention(attn_implementation)
@@ -737,6 +736,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, ChatGLM
         self._tied_weights_keys = {
             f"lm_head.{name}": f"transformer.word_embeddings.{name}" for name in ("weight", "weight_scale")
         }
+
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """A linear head over the last token of a text: logits [B, num_labels].

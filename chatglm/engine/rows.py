@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from chatglm.hub.generation_chatglm import STEP, GrowingCache, GrowingLayer
+from chatglm.hub.layers_chatglm import device_of
 
 
 class RowLayer(GrowingLayer):
@@ -59,7 +60,7 @@ class Rows:
         self.number, self.context, self.room = number, context, 0
         self.shape = config.num_key_value_heads, config.head_dim
         self.dtype = model.cache_dtype or model.dtype
-        devices = [next(block.parameters()).device for block in model.transformer.blocks]
+        devices = [device_of(block) for block in model.transformer.blocks]
         self.layers = [(self._empty(0, device), self._empty(0, device)) for device in devices]
 
     @property
