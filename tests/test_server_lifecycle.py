@@ -480,7 +480,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch):
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     with pytest.raises(MemoryError, match="--quantize 4"):
-        serve._load(parser.parse_args(["demo"]), read_checkpoint(find_checkpoint("demo")), Settings())
+        serve._load(parser.parse_args(["demo"]), read_checkpoint(find_checkpoint("demo")), Settings(), None)
 
 
 def test_web_opens_the_page_unless_told_not_to(monkeypatch):

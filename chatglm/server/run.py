@@ -122,13 +122,16 @@ class Server(uvicorn.Server):
         # From now on the engine refuses new requests; connections that are open go on until their answers end.
         close = threading.Thread(target=self.service.close, args=(patience,), daemon=True)
         close.start()
-        await super().shutdown(sockets)
+        ending = asyncio.create_task(super().shutdown(sockets))
+        while not (ending.done() or self.force_exit):
+            await asyncio.sleep(0.1)
         # Nothing is left to do by now, unless Ctrl-C came again, or somebody does not take the end of an answer.
         await asyncio.to_thread(self.service.close)
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=2)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+        await ending  # which from Python 3.12 on waits for every connection
         if self.force_exit:
             await self.lifespan.shutdown()
 
