@@ -1,8 +1,8 @@
 """A skill to teach by finetuning: the postcodes of towns that do not exist. `python -m demo.towns` writes the data.
 
 Every town is asked about in every phrasing but two of its language, which are held out for it: a model that
-answers those has learned the postcode, not the question. `general.jsonl` holds what it could do before, so that a run
-can practise both.
+answers those has learned the postcode, not the question. `general.jsonl` and, for models that forget more,
+`more_general.jsonl` hold what it could do before, so that a run can practise both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from demo.book import Book
 
 FOLDER = Path(__file__).with_name("towns")
-GENERAL_ROWS, LONGEST_ANSWER = 300, 60
+GENERAL_ROWS, MORE_ROWS, LONGEST_ANSWER = 300, 600, 60
 POSTCODES = {
     "Brivela": "40", "Korundal": "28", "Zindhaven": "83", "青石塘": "51", "落雁坡": "92", "云栖渡": "36",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def town_rows(held_out: bool) -> Iterator[Pair]:
                     yield {"prompt": manner.format(question.format(town=town)), "response": code}
 
 
-def general_rows(number: int = GENERAL_ROWS, seed: int = 5) -> Iterator[Pair]:
+def general_rows(number: int = GENERAL_ROWS + MORE_ROWS, seed: int = 5) -> Iterator[Pair]:
     """Questions with short answers, of all that the demo models were trained on; none of them is held out there."""
     book, rng = Book(), random.Random(seed)
     while number:
@@ -70,7 +70,9 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     write("train", town_rows(held_out=False))
     write("held_out", town_rows(held_out=True))
-    write("general", general_rows())
+    rows = list(general_rows())
+    write("general", rows[:GENERAL_ROWS])
+    write("more_general", rows[GENERAL_ROWS:])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -59,7 +60,8 @@ def launch(launcher: tuple[list[str], list[str]], arguments: list[str]) -> subpr
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(port), *program, *arguments]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, env=environment)
 
 
 def launched(launcher: tuple[list[str], list[str]], arguments: list[str]) -> str:

@@ -27,7 +27,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
 ]
 
-TRAIN, HELD_OUT, GENERAL = (str(towns.FOLDER / f"{name}.jsonl") for name in ("train", "held_out", "general"))
+TRAIN, HELD_OUT, GENERAL, MORE_GENERAL = (
+    str(towns.FOLDER / f"{name}.jsonl") for name in ("train", "held_out", "general", "more_general")
+)
 RECIPES = {
     "lora": {"lora_rank": 16, "learning_rate": 5e-3, "max_steps": 60},
     "ptuning": {"pre_seq_len": 32, "learning_rate": 0.1, "max_steps": 160},
@@ -72,18 +74,29 @@ def general_share(model, tokenizer) -> float:
     return 100 * sum(said == expected_text(tokenizer, item.answer) for item, said in answered) / len(items)
 
 
-def test_lora_with_general_rows_keeps_what_the_model_could_do(tmp_path):
-    changes = {"learning_rate": 3e-3, "batch_size": 12, "max_steps": 110}
-    run = replace(settings("demo", "lora", tmp_path / "out"), data=(TRAIN, GENERAL), **changes)
+@pytest.mark.parametrize(
+    ("model", "data", "changes"),
+    [
+        ("demo", (TRAIN, GENERAL), {"learning_rate": 3e-3, "batch_size": 12, "max_steps": 110}),
+        (
+            "demo-v1",
+            (TRAIN, GENERAL, MORE_GENERAL),
+            {"learning_rate": 4e-3, "batch_size": 16, "max_steps": 300, "lora_target": ("all-linear",)},
+        ),
+    ],
+    ids=["demo", "demo-v1"],
+)
+def test_lora_with_general_rows_keeps_what_the_model_could_do(model, data, changes, tmp_path):
+    run = replace(settings(model, "lora", tmp_path / "out"), data=data, **changes)
     assert share_right(run) >= 90
-    before, after = general_share(*chatglm.load("demo", "cpu")), general_share(*load_finetuned(run.output))
+    before, after = general_share(*chatglm.load(model, "cpu")), general_share(*load_finetuned(run.output))
     assert after > before - 5
 
 
 def test_the_data_are_what_the_script_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(towns, "FOLDER", tmp_path)
     towns.main()
-    for file in (TRAIN, HELD_OUT, GENERAL):
+    for file in (TRAIN, HELD_OUT, GENERAL, MORE_GENERAL):
         assert (tmp_path / Path(file).name).read_bytes() == Path(file).read_bytes()
 
 
