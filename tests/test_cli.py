@@ -115,6 +115,7 @@ def test_every_option_of_chat_is_parsed():
     add_arguments(parser)
     line = "folder --device cpu --dtype bfloat16 --quantize 4 --max-length 99 --temperature 0"
     line += " --top-p 0.5 --seed 7 --system Hello --url http://here --api-key key --plain"
+    line += " --adapter learned --prompt-lookup 8 --int8-cache"
     arguments = parser.parse_args(line.split())
     assert vars(arguments) == {
         "model": "folder",
@@ -130,6 +131,9 @@ def test_every_option_of_chat_is_parsed():
         "url": "http://here",
         "api_key": "key",
         "plain": True,
+        "adapter": Path("learned"),
+        "prompt_lookup": 8,
+        "int8_cache": True,
     }
 
 
