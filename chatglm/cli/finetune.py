@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from chatglm.cli.options import add_run_options, run_options
-from chatglm.training.processes import disconnect, is_main, together
+from chatglm.training.processes import is_main, leave, together
 from chatglm.training.settings import LEARNING_RATES, Settings
+
+if TYPE_CHECKING:
+    from chatglm.training.report import Outcome
 
 EPILOG = """
 Examples:
@@ -33,10 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
     from chatglm.training.finetune import finetune
 
     outcome = finetune(settings, resume, overwrite)
-    disconnect()
-    if not is_main():
-        return
+    if is_main():
+        _tell(settings, outcome)
+    leave()
 
+
+def _tell(settings: Settings, outcome: Outcome) -> None:
     from chatglm.training.report import USE, loss_table, score_table
 
     print(loss_table(outcome))
