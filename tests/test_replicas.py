@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -319,6 +320,13 @@ def test_more_copies_than_there_is_room_for_are_refused():
         cluster_of([{"CPU": 8.0, "GPU": 2.0}], least=3, most=3).resources_of_one("")
     with pytest.raises(ValueError, match="2 replicas need a machine each, but Ray has 1"):
         cluster_of([{"CPU": 8.0}], least=2, most=2, address="a").resources_of_one("")
+
+
+def test_an_address_at_which_there_is_no_ray_is_told_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(OSError, match=f"Ray cannot be reached at '{address}'"):
+        Cluster(Scale(address=address))
 
 
 def test_bounds_of_the_number_of_copies():

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import threading
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ LOCAL_ENVIRONMENT = {
 }
 OBJECT_STORE_BYTES = 100_000_000  # messages are far too small to be put there
 HEALTH_SECONDS = 5.0  # between two looks at a copy
+REACH_SECONDS = 10.0  # for an answer from the address of a cluster
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Cluster:
         threading.Thread(target=self._live, args=(ready,), name="chatglm-ray", daemon=True).start()
         try:
             ready.result()
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             self.close()
             where = f"at {scale.address!r}" if scale.address else "on this machine"
             raise OSError(
@@ -73,6 +75,7 @@ class Cluster:
             options |= {"num_cpus": _cores(), "include_dashboard": False, "_temp_dir": self._folder}
             options |= {"object_store_memory": OBJECT_STORE_BYTES}
         try:
+            check_reachable(self.scale.address)  # Ray itself tries for minutes
             self._ray.init(address=self.scale.address, **options)
         except Exception as error:
             ready.set_exception(error)
@@ -149,6 +152,13 @@ class Cluster:
                 shutil.rmtree(self._folder, ignore_errors=True)
             self._closed.set()
             atexit.unregister(self.close)
+
+
+def check_reachable(address: str | None) -> None:
+    """Raises OSError if nobody listens at HOST:PORT; names such as "auto" are Ray's to look up."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
 
 
 def import_ray(local: bool) -> ModuleType:
