@@ -1,12 +1,13 @@
 # make chat    talk with the model that ships with this repository
 # make check   lint and formatting        make format  put the formatting right
 # make test    check and all tests        make clean   remove what these commands made
+#              (make test-long: trainings of minutes, which show what the recipes reach)
 #
 # Each makes the environment it needs; nothing has to be installed before but Python and make.
 # PYTHON=/path/to/python chooses another Python, MODEL=... another model to chat with.
 
 .DEFAULT_GOAL := help
-.PHONY: help chat check format test test-oldest demo-models clean
+.PHONY: help chat check format test test-long test-oldest demo-models clean
 .DELETE_ON_ERROR:
 
 MODEL ?= demo
@@ -39,11 +40,16 @@ format: .venv/test
 
 # Files of tests run side by side, each in one process; more processes than four would mostly need more memory.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+ALL_BUT_LONG := -m 'not long'
 
 # tests/hub loads folders with trust_remote_code in a process that never imports chatglm.
 test: check
 	$(BIN)/python $(PYTEST) tests/hub
-	$(BIN)/python $(PYTEST) --ignore=tests/hub
+	$(BIN)/python $(PYTEST) $(ALL_BUT_LONG) --ignore=tests/hub
+
+# Minutes of training that show what the recipes in docs/ reach; for whoever changes training or what it learns from.
+test-long: .venv/test
+	$(BIN)/python $(PYTEST) -m long
 
 # Kernels, downloads, vocabularies, reports, servers, pages and terminals do not know transformers: tested with one of
 # its releases only.
@@ -51,7 +57,7 @@ KNOW_NO_TRANSFORMERS := $(wildcard $(addprefix tests/test_,*_kernel*.py server*.
 	$(foreach name,ask bench checkpoint client demo_data download replicas slim verify,tests/test_$(name).py)
 test-oldest: .venv-oldest/test
 	.venv-oldest/bin/python $(PYTEST) tests/hub
-	.venv-oldest/bin/python $(PYTEST) --ignore=tests/hub $(KNOW_NO_TRANSFORMERS:%=--ignore=%)
+	.venv-oldest/bin/python $(PYTEST) $(ALL_BUT_LONG) --ignore=tests/hub $(KNOW_NO_TRANSFORMERS:%=--ignore=%)
 
 demo-models: .venv/demo
 	$(BIN)/python -m demo.train --model demo --output chatglm/models/demo

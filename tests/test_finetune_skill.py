@@ -78,10 +78,11 @@ def general_share(model, tokenizer) -> float:
     ("model", "data", "changes"),
     [
         ("demo", (TRAIN, GENERAL), {"learning_rate": 3e-3, "batch_size": 12, "max_steps": 110}),
-        (
+        pytest.param(
             "demo-v1",
             (TRAIN, GENERAL, MORE_GENERAL),
             {"learning_rate": 4e-3, "batch_size": 16, "max_steps": 300, "lora_target": ("all-linear",)},
+            marks=pytest.mark.long,
         ),
     ],
     ids=["demo", "demo-v1"],

@@ -208,7 +208,7 @@ def test_a_folder_as_it_was_published_is_sound_and_what_is_odd_in_it_is_told(v1:
     assert "float32 (" in text_of(report, "dtypes")
     assert "total_size is 13744473856" in text_of(report, "index")
     assert "lm_head and transformer.word_embeddings are equal" in text_of(report, "tied")
-    assert "modeling_chatglm.py" in text_of(report, "code")
+    assert "configuration_chatglm.py" in text_of(report, "code")
 
 
 def test_every_reference_checkpoint_is_sound(shared: Path, tmp_path: Path):
