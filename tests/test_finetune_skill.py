@@ -59,7 +59,7 @@ def share_right(settings: Settings) -> float:
         ("demo-v1", "freeze", None),
         ("demo", "lora", 8),
         ("demo-v1", "lora", 4),
-        ("demo", "ptuning", 8),
+        pytest.param("demo", "ptuning", 8, marks=pytest.mark.long),
         ("demo", "ptuning", 4),
     ],
 )

@@ -97,7 +97,8 @@ def test_both_attention_functions_generate_the_same(family, ids, expected, imple
 def test_flex_attention_generates_the_same(family, ids, expected):
     model = tiny_model(family)
     model.set_attn_implementation("flex_attention")
-    assert torch.equal(greedy(model, ids), expected)
+    new = 4  # each length is compiled anew
+    assert torch.equal(greedy(model, ids, max_new_tokens=new), expected[:, : ids.shape[1] + new])
 
 
 def test_embeddings_instead_of_ids_generate_the_same_answer(model, family, ids, expected):
