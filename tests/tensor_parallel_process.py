@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def main(folders: list[Path]) -> None:
         }
         torch.save(found, folder / f"process{process}.pt")
         model.save_pretrained(folder / "saved", is_main_process=process == 0)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort a process now and then while it ends, when all is written
 
 
 if __name__ == "__main__":
