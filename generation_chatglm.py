@@ -624,32 +624,15 @@ class ChatGLMGenerationMixin(GenerationMixin):
         processors = LogitsProcessorList([FiniteScores(), *(logits_processor or [])])
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
+    # `generate` names all that it gives to the two methods below.
     def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor, *, synced_gpus: bool = False, streamer: Any = None, **kwargs: Any
     ) -> Any:
         """What `generate` runs for greedy decoding and sampling: our loop, or the library's where that can more."""
-        if not self._our_loop_will_do(generation_config, synced_gpus, **kwargs):
-            return super()._sample(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus,
-                streamer,
-                **kwargs,
-            )
+        if synced_gpus or not self._our_loop_will_do(**kwargs):
+            return super()._sample(input_ids, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
         sequences = input_ids
-        steps = decode_steps(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
-        )
-        for sequences, _ in steps:
+        for sequences, _ in decode_steps(self, input_ids, **kwargs):
             if streamer is not None:
                 streamer.put(sequences[:, -1].cpu())
         if streamer is not None:
@@ -657,40 +640,20 @@ class ChatGLMGenerationMixin(GenerationMixin):
         return sequences
 
     def _assisted_decoding(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        inputs_tensor: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor, *, synced_gpus: bool = False, inputs_tensor: Any = None, **kwargs: Any
     ) -> Any:
         """What `generate` runs where several tokens may come of one pass; `prompt_lookup_num_tokens` is our loop's."""
-        looked_up = generation_config.prompt_lookup_num_tokens is not None and not kwargs.get(
-            "assistant_model"
-        )
-        if not looked_up or not self._our_loop_will_do(generation_config, synced_gpus, **kwargs):
-            return super()._assisted_decoding(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus,
-                streamer,
-                inputs_tensor,
-                **kwargs,
-            )
-        return self._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
+        looked_up = kwargs["generation_config"].prompt_lookup_num_tokens is not None
+        others = synced_gpus or kwargs.get("assistant_model") is not None
+        if looked_up and not others and self._our_loop_will_do(**kwargs):
+            return self._sample(input_ids, **kwargs)
+        return super()._assisted_decoding(
+            input_ids, synced_gpus=synced_gpus, inputs_tensor=inputs_tensor, **kwargs
         )
 
-    def _our_loop_will_do(self, generation_config: Any, synced_gpus: bool, **kwargs: Any) -> bool:
+    def _our_loop_will_do(self, generation_config: Any, **kwargs: Any) -> bool:
         """Whether `decode_steps` gives what `generate` was asked for."""
-        wanted_more = (
-            generation_config.return_dict_in_generate or synced_gpus or generation_config.is_assistant
-        )
+        wanted_more = generation_config.return_dict_in_generate or generation_config.is_assistant
         cache = kwargs.get("past_key_values")
         # A filled cache comes with all ids, of which the library takes those that follow.
         known_cache = type(cache) in (DynamicCache, GrowingCache, Int8Cache)

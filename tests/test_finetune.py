@@ -291,7 +291,7 @@ def test_an_output_that_is_not_empty_is_refused(settings):
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(OSError, match="not empty"):
         quietly(settings)
-    with pytest.raises(OSError, match="other things than a finetuning run"):
+    with pytest.raises(OSError, match="other things than a run of chatglm finetune"):
         quietly(settings, overwrite=True)
     with pytest.raises(OSError, match="no run to resume"):
         quietly(settings, resume=True)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import assert_close
+from processes import COPIES, FSDP, LAUNCH, assert_same_run, launch, launched
 from safetensors.torch import load_file
 
 from chatglm.cli import main
@@ -26,14 +22,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
 ]
 
-ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / "chatglm" / "training" / "launch"
 ROWS = [
     ("你好", "你好，世界！"), ("今天天气怎么样？", "今天天气真好。"), ("Hello", "Hello world!"), ("Who?", "Me."),
     ("Who jumps?", "The quick brown fox."), ("一加一等于几？", "等于二。"), ("a", "b c d"), ("x y", "z z"),
 ]  # fmt: skip
-FSDP = ["--config_file", str(LAUNCH / "fsdp.yaml")], [str(ROOT / "tests" / "cpus_as_gpus.py")]
-COPIES = ["--multi_gpu"], ["-m", "chatglm"]
 
 
 @pytest.fixture
@@ -51,46 +43,6 @@ def flags(model: Path, data: str, output: Path, accumulation: int, *more: str) -
     return [*run.split(), *steps.split(), *more]
 
 
-def launch(launcher: tuple[list[str], list[str]], arguments: list[str]) -> subprocess.CompletedProcess:
-    """Two processes of one run; a launcher is options of accelerate launch and the program that it starts."""
-    options, program = launcher
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(port), *program, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, env=environment)
-
-
-def launched(launcher: tuple[list[str], list[str]], arguments: list[str]) -> str:
-    done = launch(launcher, arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def losses(output: Path) -> list[float]:
-    state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text(encoding="utf-8"))
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-def assert_same_run(one: Path, two: Path, weights: str) -> None:
-    """The same losses, weights and files, up to the order of sums."""
-    assert len(losses(one)) == 4
-    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    expected, actual = load_file(one / weights), load_file(two / weights)
-    assert {name: tensor.dtype for name, tensor in actual.items()} == {
-        name: tensor.dtype for name, tensor in expected.items()
-    }
-    for name, tensor in expected.items():
-        assert_close(actual[name], tensor, atol=1e-3)
-    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
-    text = (two / "README.md").read_text(encoding="utf-8")
-    assert "4 steps of 4 rows each" in text
-    assert "2 processes on cpu" in text
-
-
 @pytest.mark.slow
 def test_fsdp_trains_all_weights_as_one_process_does(tiny_v1_folder, data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -99,6 +51,7 @@ def test_fsdp_trains_all_weights_as_one_process_does(tiny_v1_folder, data, tmp_p
     said = launched(FSDP, flags(tiny_v1_folder, data, two, 1, *more))
     assert_same_run(one, two, "model.safetensors")
     assert said.count("parameters are trained") == 1  # one process speaks
+    assert "4 steps of 4 rows each" in (two / "README.md").read_text(encoding="utf-8")
     answers = "generated_predictions.txt"
     assert (two / answers).read_bytes() == (one / answers).read_bytes()
 

@@ -294,18 +294,28 @@ def test_reinforcement_learning_writes_an_adapter_and_its_curves(
     assert f"TRL's {algorithm.upper()}Trainer" in text
 
 
-def test_answers_of_a_step_must_make_whole_groups():
+def test_answers_of_a_step_must_make_whole_groups(monkeypatch):
     run = RlSettings(data=("a",), output="b", reward_model="c", batch_size=3, accumulation=2, generations=4)
     with pytest.raises(ValueError, match="must be a multiple of generations, 4"):
         run.check()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    run.check()
 
 
 # ---- runs
 
 
-@pytest.mark.parametrize(("kind", "run"), [(RewardSettings, train_reward), (DpoSettings, dpo)])
-def test_a_run_that_is_resumed_ends_as_one_that_was_not_stopped(tiny_v2_folder, data, tmp_path, kind, run):
-    asked = settings(kind, tiny_v2_folder, data, tmp_path / "whole", max_steps=4)
+@pytest.mark.parametrize(
+    ("kind", "run"), [(RewardSettings, train_reward), (DpoSettings, dpo), (RlSettings, rl)]
+)
+def test_a_run_that_is_resumed_ends_as_one_that_was_not_stopped(
+    tiny_v2_folder, data, reward_folder, tmp_path, kind, run
+):
+    more = (
+        {"reward_model": reward_folder, "generations": 2, "max_new_tokens": 4} if kind is RlSettings else {}
+    )
+    asked = settings(kind, tiny_v2_folder, data, tmp_path / "whole", max_steps=4, **more)
     quietly(run, asked)
     stopped = replace(asked, output=str(tmp_path / "stopped"))
     quietly(run, stopped)
@@ -342,10 +352,11 @@ def test_the_output_tells_how_it_was_made(tiny_v2_folder, data, tmp_path):
         assert part in text
 
 
-def test_several_processes_are_refused(tiny_v2_folder, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ValueError, match="chatglm dpo runs in one process"):
+def test_weights_are_not_shared_out(tiny_v2_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        ValueError, match="chatglm dpo gives every GPU a copy of the model; start it with accel"
+    ):
         quietly(dpo, settings(DpoSettings, tiny_v2_folder, data, tmp_path / "out"))
 
 

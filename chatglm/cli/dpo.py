@@ -6,6 +6,7 @@ import argparse
 
 from chatglm.cli.options import add_run_options, run_options
 from chatglm.preferences.settings import DPO_RATE, DpoSettings
+from chatglm.training.processes import leave, together
 
 EPILOG = """
 Examples:
@@ -30,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings, resume, overwrite = run_options(arguments, DpoSettings, "dpo.yaml")
+    with together():
+        settings, resume, overwrite = run_options(arguments, DpoSettings)
 
     from chatglm.preferences.dpo import DpoTask, dpo
-    from chatglm.preferences.report import curve_table
+    from chatglm.preferences.report import tell
 
-    print(curve_table(dpo(settings, resume, overwrite), DpoTask.panels))
-    print(f"{settings.output}: the adapter, README.md and curves.png")
-    print(f"Next: chatglm convert {settings.model} preferred --merge-adapter {settings.output}")
+    tell(dpo(settings, resume, overwrite), DpoTask.panels)
+    leave()

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     with together():
-        settings, resume, overwrite = run_options(arguments, Settings, "finetune.yaml")
+        settings, resume, overwrite = run_options(arguments, Settings)
 
     from chatglm.training.finetune import finetune
 

@@ -100,14 +100,14 @@ def _add_setting(group: Any, settings: type[Options], option: Any, default: str)
     group.add_argument(name, type=kind, choices=option.metadata.get("choices"), **more)
 
 
-def run_options(arguments: argparse.Namespace, settings: type[Options], file: str) -> tuple[Any, bool, bool]:
-    """(checked settings, resume, overwrite) of a command line; a run that is resumed brings its own in `file`."""
-    from chatglm.training.settings import make_settings
+def run_options(arguments: argparse.Namespace, settings: type[Options]) -> tuple[Any, bool, bool]:
+    """(checked settings, resume, overwrite) of a command line; a run that is resumed brings its own."""
+    from chatglm.training.settings import RUN_FILES, make_settings
 
     options = dict(vars(arguments))
     options.pop("run")
     config, resume, overwrite = (options.pop(name) for name in ("config", "resume", "overwrite"))
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     if resume and config is None and "output" in flags:
-        config = Path(flags["output"]) / file
+        config = Path(flags["output"]) / RUN_FILES[settings.command]
     return make_settings(config, flags, settings).check(), resume, overwrite

@@ -6,6 +6,7 @@ import argparse
 
 from chatglm.cli.options import add_run_options, run_options
 from chatglm.preferences.settings import RL_RATE, RlSettings
+from chatglm.training.processes import leave, together
 
 EPILOG = """
 Examples:
@@ -29,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings, resume, overwrite = run_options(arguments, RlSettings, "rl.yaml")
+    with together():
+        settings, resume, overwrite = run_options(arguments, RlSettings)
 
-    from chatglm.preferences.report import curve_table
+    from chatglm.preferences.report import tell
     from chatglm.preferences.rl import RlTask, rl
 
-    print(curve_table(rl(settings, resume, overwrite), RlTask.panels))
-    print(f"{settings.output}: the adapter, README.md and curves.png")
-    print(f"Next: chatglm convert {settings.model} preferred --merge-adapter {settings.output}")
+    tell(rl(settings, resume, overwrite), RlTask.panels)
+    leave()

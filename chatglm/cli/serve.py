@@ -91,6 +91,13 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for answers when it ends (default: 30)",
     )
+    add("--log-prompts", action="store_true", help="write what people ask into the log")
+    add_copies_options(parser)
+
+
+def add_copies_options(parser: argparse.ArgumentParser) -> None:
+    """How many copies of the model answer, and on which machines."""
+    add = parser.add_argument
     add(
         "--ray",
         action="store_true",
@@ -107,7 +114,6 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="with --ray: the cluster to run them on (default: this machine alone)",
     )
-    add("--log-prompts", action="store_true", help="write what people ask into the log")
 
 
 def run(arguments: argparse.Namespace) -> None:

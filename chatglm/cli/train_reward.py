@@ -6,6 +6,7 @@ import argparse
 
 from chatglm.cli.options import add_run_options, run_options
 from chatglm.preferences.settings import REWARD_RATES, RewardSettings
+from chatglm.training.processes import leave, together
 
 EPILOG = """
 Examples:
@@ -31,12 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings, resume, overwrite = run_options(arguments, RewardSettings, "reward.yaml")
+    with together():
+        settings, resume, overwrite = run_options(arguments, RewardSettings)
 
-    from chatglm.preferences.report import curve_table, measured_line
+    from chatglm.preferences.report import tell
     from chatglm.preferences.reward import RewardTask, train_reward
 
-    outcome = train_reward(settings, resume, overwrite)
-    print(curve_table(outcome, RewardTask.panels))
-    print(measured_line(outcome), end="")
-    print(f"{settings.output}: the reward model, README.md and curves.png")
+    tell(train_reward(settings, resume, overwrite), RewardTask.panels)
+    leave()

@@ -30,7 +30,7 @@ def dpo(
 class DpoTask(Task):
     """What `chatglm dpo` does its own way."""
 
-    command, settings_file, trainer_name, rows_are = "dpo", "dpo.yaml", "DPOTrainer", "pairs"
+    trainer_name, rows_are = "DPOTrainer", "pairs"
     panels = {
         "loss, -log σ(margin)": {"loss": "training", "eval_loss": "evaluation"},
         "share of pairs in the right order": {

@@ -14,10 +14,13 @@ import transformers
 import trl
 
 from chatglm import __version__
-from chatglm.preferences.settings import VALUE_HEAD, PreferenceSettings
+from chatglm.preferences.settings import VALUE_HEAD, RewardSettings
+from chatglm.training.processes import is_main
+from chatglm.training.report import Outcome as RunOutcome
 from chatglm.training.report import command_line, data_lines
 
 CURVES = "curves.png"
+REWARD = RewardSettings.command
 Panels = Mapping[str, Mapping[str, str]]
 
 README = """\
@@ -83,24 +86,10 @@ FORMS = {
 
 
 @dataclass
-class Outcome:
+class Outcome(RunOutcome):
     """What a run has found out, for its report."""
 
-    settings: PreferenceSettings
-    device: str
-    dtype: str
-    trained: int = 0
-    parameters: int = 0
-    steps: int = 0
-    resumed_at: int = 0  # step
-    seconds: float = 0.0  # since then
-    data: dict[str, Any] = field(default_factory=dict)  # by what it is for
-    log: list[dict[str, Any]] = field(default_factory=list)  # the Trainer's
     measured: dict[str, float] = field(default_factory=dict)  # of held-out rows, at the end
-
-    def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of something that the trainer logs."""
-        return [(entry["step"], entry[name]) for entry in self.log if entry.get(name) is not None]
 
 
 def draw_curves(outcome: Outcome, panels: Panels, file: Path) -> bool:
@@ -139,6 +128,19 @@ def curve_table(outcome: Outcome, panels: Panels) -> str:
     return "\n".join(rows)
 
 
+def tell(outcome: Outcome, panels: Panels) -> None:
+    """Prints what came of a run, and what is done with it next; of several processes, the main one does."""
+    if not is_main():
+        return
+    settings = outcome.settings
+    print(curve_table(outcome, panels))
+    print(measured_line(outcome), end="")
+    what = "reward model" if settings.command == REWARD else "adapter"
+    print(f"{settings.output}: the {what}, README.md and {CURVES}")
+    if settings.command != REWARD:
+        print(f"Next: chatglm convert {settings.model} preferred --merge-adapter {settings.output}")
+
+
 def measured_line(outcome: Outcome) -> str:
     """What was measured on held-out rows at the end."""
     if not outcome.measured:
@@ -148,10 +150,10 @@ def measured_line(outcome: Outcome) -> str:
     )
 
 
-def use(outcome: Outcome, command: str) -> str:
+def use(outcome: Outcome) -> str:
     """How the result is loaded."""
     names = {"model": outcome.settings.model, "folder": Path(outcome.settings.output).name}
-    if command != "train-reward":
+    if outcome.settings.command != REWARD:
         return ADAPTER.format(**names)
     form = FORMS[outcome.settings.form == VALUE_HEAD].format(**names)
     return CLASSIFIER.format(**names, form=form)
@@ -163,16 +165,16 @@ def readme(task: Any, outcome: Outcome, licence: str, drawn: bool) -> str:
     measured = measured_line(outcome)
     return README.format(
         model=settings.model,
-        command=task.command,
-        library="transformers" if task.command == "train-reward" else "peft",
-        use=use(outcome, task.command),
-        line=command_line(settings, task.command),
+        command=settings.command,
+        library="transformers" if settings.command == REWARD else "peft",
+        use=use(outcome),
+        line=command_line(settings),
         trained=outcome.trained,
         trainer=f"TRL's {task.trainer_name}",
         parameters=outcome.parameters,
         rate=settings.rate,
         steps=outcome.steps,
-        rows=settings.batch_size * settings.accumulation,
+        rows=settings.batch_size * settings.accumulation * outcome.processes,
         kind=task.rows_are,
         minutes=outcome.seconds / 60,
         since=f" since it was resumed after step {outcome.resumed_at}" if outcome.resumed_at else "",

@@ -54,7 +54,7 @@ def train_reward(
 class RewardTask(Task):
     """What `chatglm train-reward` does its own way."""
 
-    command, settings_file, trainer_name, rows_are = "train-reward", "reward.yaml", "RewardTrainer", "pairs"
+    trainer_name, rows_are = "RewardTrainer", "pairs"
     panels = {
         "loss, -log σ(better - worse)": {"loss": "training", "eval_loss": "evaluation"},
         "share of pairs in the right order": {"accuracy": "training", "eval_accuracy": "evaluation"},

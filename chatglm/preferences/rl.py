@@ -13,9 +13,10 @@ from chatglm.checkpoint import Checkpoint
 from chatglm.preferences.layout import Messages, lay_out_prompts
 from chatglm.preferences.reward import RewardModel, load_reward_model, read_reward_model
 from chatglm.preferences.rows import PreferenceData, read_prompts
-from chatglm.preferences.run import Task, check_plain_head, execute, paths, trainer_class
+from chatglm.preferences.run import Task, check_plain_head, execute, trainer_class
 from chatglm.preferences.settings import RlSettings
 from chatglm.training.methods import load_base, lora_config
+from chatglm.training.settings import paths
 
 
 def rl(
@@ -50,7 +51,7 @@ def reward_function(model: RewardModel, end_token_ids: set[int]) -> Callable[...
 class RlTask(Task):
     """What `chatglm rl` does its own way."""
 
-    command, settings_file, rows_are = "rl", "rl.yaml", "answers"
+    rows_are = "answers"
     panels = {
         "reward": {"reward": "training", "eval_reward": "evaluation"},
         "KL from the model without adapter, per token": {"kl": "training", "eval_kl": "evaluation"},

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -15,24 +12,15 @@ from chatglm.checkpoint import Checkpoint, read_checkpoint
 from chatglm.find import find_checkpoint
 from chatglm.preferences.rows import PreferenceData, read_pairs
 from chatglm.preferences.settings import PreferenceSettings
-from chatglm.training.finetune import (
-    PARTIAL,
-    begin,
-    check_output,
-    check_same_data,
-    check_same_run,
-    go_on,
-    licence_of,
-    tell_data,
-)
-from chatglm.training.processes import number_of_processes
+from chatglm.training.finetune import licence_of, place, say_nothing, tell_data
+from chatglm.training.folder import begin, check_output, check_same_data, check_same_run, go_on, result
+from chatglm.training.processes import is_main, is_sharded, on_main, together
+from chatglm.training.settings import paths
 
 
 class Task:
     """What one of the commands does its own way; `execute` does the rest."""
 
-    command: ClassVar[str]
-    settings_file: ClassVar[str]
     trainer_name: str  # of TRL's class
     rows_are: ClassVar[str]  # what a batch is of
     panels: ClassVar[dict[str, dict[str, str]]]  # curves by picture: name in the log of the Trainer -> label
@@ -70,20 +58,53 @@ class Task:
 
 def execute(task: Task, resume: bool, overwrite: bool, progress: bool, say: Callable[[str], Any]) -> Any:
     """Does what the settings of `task` ask for; returns the Outcome. See `chatglm.training.finetune.finetune`."""
-    settings = task.settings.check()
-    if number_of_processes() > 1:
-        raise ValueError(f"chatglm {task.command} runs in one process; start it without accelerate launch.")
-    check_libraries()
-    output = Path(settings.output).expanduser()
-    check_output(output, resume, overwrite, task.settings_file)
-    data = task.read()
-    if resume:
-        check_same_run(output, settings, task.settings_file)
-    checkpoint = read_checkpoint(find_checkpoint(settings.model, settings.revision))
-    task.check(checkpoint)
+    if not is_main():
+        progress, say = False, say_nothing
+    with together():
+        checkpoint, device, tokenizer, data, rows = _check(task, resume, overwrite, say)
 
     import datasets
     import transformers
+
+    from chatglm.training import methods
+
+    settings, output = task.settings, Path(task.settings.output).expanduser()
+    usual, bars = transformers.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()  # Trainer tells of tokens that a config has no place for
+    datasets.disable_progress_bars()  # a moment each
+    if not is_main():
+        transformers.logging.disable_progress_bar()
+    try:
+        with together():
+            transformers.set_seed(settings.seed)
+            model = task.load(checkpoint, device, methods.training_dtype(settings, device))
+        start = on_main(lambda: go_on(output)) if resume else None
+        if not resume:
+            on_main(lambda: begin(output, settings, data))
+        return _Run(task, checkpoint, model, tokenizer, data, rows, device, progress, say).train(start)
+    finally:
+        transformers.logging.set_verbosity(usual)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _check(
+    task: Task, resume: bool, overwrite: bool, say: Callable[[str], Any]
+) -> tuple[Checkpoint, Any, Any, dict[str, PreferenceData], dict[str, list[dict[str, Any]]]]:
+    """(checkpoint, device, tokenizer, data, rows) of a run that can be done; raises before the model is loaded."""
+    settings = task.settings.check()
+    if is_sharded():
+        raise ValueError(
+            f"chatglm {settings.command} gives every GPU a copy of the model; start it with accelerate launch "
+            "--multi_gpu, without FSDP and DeepSpeed."
+        )
+    check_libraries()
+    output = check_output(settings, resume, overwrite)
+    data = task.read()
+    if resume:
+        check_same_run(output, settings)
+    checkpoint = read_checkpoint(find_checkpoint(settings.model, settings.revision))
+    task.check(checkpoint)
 
     from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
     from chatglm.training import methods
@@ -98,21 +119,7 @@ def execute(task: Task, resume: bool, overwrite: bool, progress: bool, say: Call
             raise ValueError(f"The {purpose} data hold no row that fits; look at the lines above.")
     if resume:
         check_same_data(output, data)
-
-    usual, bars = transformers.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    transformers.logging.set_verbosity_error()  # Trainer tells of tokens that a config has no place for
-    datasets.disable_progress_bars()  # a moment each
-    try:
-        transformers.set_seed(settings.seed)
-        model = task.load(checkpoint, device, methods.training_dtype(settings, device))
-        start = go_on(output) if resume else None
-        if not resume:
-            begin(output, settings, data, task.settings_file)
-        return _Run(task, checkpoint, model, tokenizer, data, rows, device, progress, say).train(start)
-    finally:
-        transformers.logging.set_verbosity(usual)
-        if bars:
-            datasets.enable_progress_bars()
+    return checkpoint, device, tokenizer, data, rows
 
 
 def check_libraries() -> None:
@@ -146,10 +153,6 @@ def read_pair_data(settings: Any) -> dict[str, PreferenceData]:
             paths(settings.eval_data), **columns, most_rows=settings.max_eval_rows
         )
     return data
-
-
-def paths(names: tuple[str, ...]) -> list[Path]:
-    return [Path(name).expanduser() for name in names]
 
 
 def trainer_class(trainer: type) -> type:
@@ -202,53 +205,39 @@ class _Run:
             callbacks=[StopAtNonsense(), SaveAfterLooking(), *([Progress()] if progress else [])],
         )
         self.trainer.remove_callback(PrinterCallback)
-        self.outcome = Outcome(self.settings, str(device), training_dtype(self.settings, device), data=data)
+        self.outcome = Outcome(self.settings, place(device), training_dtype(self.settings, device), data=data)
         trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
         self.outcome.trained = sum(p.numel() for p in trained)
         self.outcome.parameters = checkpoint.sizes.parameters
 
     def train(self, start: Path | None) -> Any:
         """Trains, from a checkpoint or from the beginning, and writes everything."""
+        from chatglm.training.trainer import run_trainer
+
         outcome = self.outcome
         self.say(
-            f"{self.task.command}: {outcome.trained:,} parameters are trained, beside {outcome.parameters:,} of the "
-            f"base, in {outcome.dtype} on {outcome.device}."
+            f"{self.settings.command}: {outcome.trained:,} parameters are trained, beside {outcome.parameters:,} of "
+            f"the base, in {outcome.dtype} on {outcome.device}."
         )
-        if start:
-            self.say(f"Going on after {start}.")
-            self.trainer.args.eval_on_start = False  # it was done when the run began
-            outcome.resumed_at = int(start.name.split("-")[1])
-        began = time.perf_counter()
-        self.trainer.train(resume_from_checkpoint=str(start) if start else None)
-        outcome.seconds, outcome.steps = time.perf_counter() - began, self.trainer.state.global_step
-        self._look_once_more()
-        outcome.log = self.trainer.state.log_history
+        run_trainer(self.trainer, start, outcome, self.say)
         if "evaluation" in self.rows:
-            outcome.measured = self.task.measure(self.trainer.model, self.tokenizer, self.rows["evaluation"])
-        self._write()
+            outcome.measured = on_main(self._measure)
+        on_main(self._write)
         return outcome
 
-    def _look_once_more(self) -> None:
-        log, last = self.trainer.state.log_history, self.outcome.steps
-        looked = any(name.startswith("eval_") for entry in log if entry["step"] == last for name in entry)
-        if self.trainer.eval_dataset is not None and not looked:
-            self.trainer.evaluate()
+    def _measure(self) -> dict[str, float]:
+        return self.task.measure(self.trainer.model, self.tokenizer, self.rows["evaluation"])
 
     def _write(self) -> None:
         """Puts the result beside the checkpoints, whole or not at all, README.md last."""
-        import torch
-
         from chatglm.preferences.report import CURVES, draw_curves, readme
+        from chatglm.training.methods import stored_dtype
 
-        config = self.checkpoint.config
-        dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
-        with tempfile.TemporaryDirectory(dir=self.output, prefix=PARTIAL) as name:
-            folder = Path(name)
+        with result(self.output) as folder:
+            dtype = stored_dtype(self.checkpoint.config)
             self.task.save(self.trainer.model, self.tokenizer, folder, dtype)
             drawn = draw_curves(self.outcome, self.task.panels, folder / CURVES)
             if not drawn:
                 self.say("There is no picture of the curves without matplotlib; pip install matplotlib.")
             text = readme(self.task, self.outcome, licence_of(self.checkpoint.folder), drawn)
             (folder / "README.md").write_text(text, encoding="utf-8")
-            for path in sorted(folder.iterdir(), key=lambda path: path.name == "README.md"):
-                os.replace(path, self.output / path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from chatglm.training.processes import number_of_processes
 from chatglm.training.settings import Options, Settings, option
 
 # By common practice for models of 6 billion parameters; docs/preferences.md has what was measured on small ones.
@@ -70,6 +71,8 @@ class PreferenceSettings(Options):
 class RewardSettings(PreferenceSettings):
     """`chatglm train-reward`."""
 
+    command: ClassVar[str] = "train-reward"
+
     # reward
     chosen_column: str | None = option("column of the better answers")
     rejected_column: str | None = option("column of the worse answers")
@@ -90,6 +93,7 @@ class RewardSettings(PreferenceSettings):
 class DpoSettings(PreferenceSettings):
     """`chatglm dpo`."""
 
+    command: ClassVar[str] = "dpo"
     default_rate: ClassVar[float] = DPO_RATE
 
     # dpo
@@ -106,6 +110,7 @@ class DpoSettings(PreferenceSettings):
 class RlSettings(PreferenceSettings):
     """`chatglm rl`."""
 
+    command: ClassVar[str] = "rl"
     default_rate: ClassVar[float] = RL_RATE
 
     # rl
@@ -122,10 +127,12 @@ class RlSettings(PreferenceSettings):
         super().check()
         if not self.reward_model:
             raise ValueError("reward_model is missing; give --reward-model a folder that train-reward wrote.")
-        together = self.batch_size * self.accumulation
+        processes = number_of_processes()
+        together = self.batch_size * self.accumulation * processes
         if together % self.generations:
+            times = f" times {processes} processes" if processes > 1 else ""
             raise ValueError(
-                f"A step has batch_size {self.batch_size} times accumulation {self.accumulation} = {together} "
+                f"A step has batch_size {self.batch_size} times accumulation {self.accumulation}{times} = {together} "
                 f"answers, which must be a multiple of generations, {self.generations}."
             )
         return self

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint
 from chatglm.find import find_checkpoint
+from chatglm.training.folder import begin, check_output, check_same_data, check_same_run, go_on, result
 from chatglm.training.processes import is_main, number_of_processes, on_main, together
 from chatglm.training.rows import Data, read_data
-from chatglm.training.settings import Options, Settings, read_yaml, to_yaml
+from chatglm.training.settings import Settings, paths
 
 GENERAL_QUESTIONS = Path(__file__).with_name("probe.jsonl")
-SETTINGS_FILE, DATA_FILE = "finetune.yaml", "data.txt"
-PARTIAL = ".partial-"  # how folders begin that are moved into place, or removed, when they are whole
 
 
 def finetune(
@@ -40,7 +35,7 @@ def finetune(
     Raises OSError and ValueError, for settings, data, models and folders, before anything is loaded or written.
     """
     if not is_main():
-        progress, say = False, _say_nothing
+        progress, say = False, say_nothing
     with together():
         checkpoint, device, data, examples = _check(settings, resume, overwrite)
     tell_data(data, say)
@@ -68,8 +63,14 @@ def finetune(
         transformers.logging.set_verbosity(usual)
 
 
-def _say_nothing(line: str) -> None:
-    pass
+def say_nothing(line: str) -> None:
+    """Takes what the main process says, in the others."""
+
+
+def place(device: Any) -> str:
+    """Where a run computes, in words."""
+    processes = number_of_processes()
+    return str(device) if processes == 1 else f"{processes} processes on {device.type}"
 
 
 def _check(
@@ -77,8 +78,7 @@ def _check(
 ) -> tuple[Checkpoint, Any, dict[str, Data], dict[str, list[Any]]]:
     """(checkpoint, device, rows, rows as tokens) of a run that can be done; raises before the model is loaded."""
     settings.check()
-    output = Path(settings.output).expanduser()
-    check_output(output, resume, overwrite)
+    output = check_output(settings, resume, overwrite)
     data = read_all(settings)
     if resume:
         check_same_run(output, settings)
@@ -98,46 +98,6 @@ def _check(
     return checkpoint, device, data, examples
 
 
-def check_output(output: Path, resume: bool, overwrite: bool, settings_file: str = SETTINGS_FILE) -> None:
-    """Raises OSError if the run must not write into `output`; `settings_file` tells runs of one kind."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OSError(f"{output} is no folder; choose another output.")
-    filled = output.is_dir() and any(output.iterdir())
-    ours = (output / settings_file).is_file()
-    if resume and not ours:
-        raise OSError(f"{output} holds no run to resume (no {settings_file}); leave out --resume.")
-    if filled and not resume and not overwrite:
-        raise OSError(
-            f"{output} exists and is not empty; choose another output, --resume the run in it, or --overwrite it."
-        )
-    if filled and overwrite and not ours:
-        raise OSError(
-            f"{output} holds other things than a finetuning run (no {settings_file}), so it is not replaced; choose "
-            "another output."
-        )
-
-
-def check_same_run(output: Path, settings: Options, settings_file: str = SETTINGS_FILE) -> None:
-    """Raises ValueError if the run in `output` was asked for something else."""
-    before = type(settings)(**read_yaml(output / settings_file, type(settings)))
-    for name in before.chosen() | settings.chosen():
-        old, new = getattr(before, name), getattr(settings, name)
-        if old != new and name != "output":
-            raise ValueError(
-                f"{name} is {new!r}, but the run in {output} was begun with {old!r}; resume with the same settings, or "
-                "choose another output."
-            )
-
-
-def check_same_data(output: Path, data: dict[str, Data]) -> None:
-    """Raises ValueError if the run in `output` learned from other rows."""
-    if (output / DATA_FILE).read_text(encoding="utf-8") != _data_report(data):
-        raise ValueError(
-            f"The data are not those that the run in {output} was begun with ({output / DATA_FILE} tells of them); "
-            "restore them, or choose another output."
-        )
-
-
 def read_all(settings: Settings) -> dict[str, Data]:
     """The rows of every purpose: training, evaluation, general questions."""
     columns = {
@@ -147,20 +107,14 @@ def read_all(settings: Settings) -> dict[str, Data]:
     }
     data = {
         "training": read_data(
-            _paths(settings.data), **columns, every_turn=settings.every_turn, most_rows=settings.max_rows
+            paths(settings.data), **columns, every_turn=settings.every_turn, most_rows=settings.max_rows
         )
     }
     if settings.eval_data:
-        data["evaluation"] = read_data(
-            _paths(settings.eval_data), **columns, most_rows=settings.max_eval_rows
-        )
+        data["evaluation"] = read_data(paths(settings.eval_data), **columns, most_rows=settings.max_eval_rows)
     if settings.probe != "none":
         data["general questions"] = read_data([Path(settings.probe or GENERAL_QUESTIONS).expanduser()])
     return data
-
-
-def _paths(names: tuple[str, ...]) -> list[Path]:
-    return [Path(name).expanduser() for name in names]
 
 
 def lay_out(settings: Settings, checkpoint: Checkpoint, data: dict[str, Data]) -> dict[str, list[Any]]:
@@ -192,39 +146,6 @@ def tell_data(data: dict[str, Data], say: Callable[[str], Any]) -> None:
 
     for line in data_lines(data, places=3).splitlines():
         say(line.removeprefix("- "))
-
-
-def _data_report(data: dict[str, Data]) -> str:
-    from chatglm.training.report import data_lines
-
-    return data_lines(data, places=None) + "\n"
-
-
-def begin(output: Path, settings: Options, data: dict[str, Data], settings_file: str = SETTINGS_FILE) -> None:
-    """Makes the folder, with what tells of the run in it; a run that dies before leaves what was there, or nothing."""
-    from chatglm.weights.write import complete_folder
-
-    if output.is_dir() and any(output.iterdir()):
-        old = output.rename(output.with_name(f".{output.name}.partial-{os.getpid()}"))
-        shutil.rmtree(old)  # if this is cut off, complete_folder removes the rest another time
-    with complete_folder(output, overwrite=False, needed=0) as folder:
-        (folder / DATA_FILE).write_text(_data_report(data), encoding="utf-8")
-        (folder / settings_file).write_text(to_yaml(settings), encoding="utf-8")
-
-
-def go_on(output: Path) -> Path | None:
-    """The checkpoint to go on after, if there is one; removes what a run that was killed left half-written.
-
-    Raises ValueError if another number of processes made it.
-    """
-    from chatglm.training.trainer import check_processes, last_checkpoint
-
-    for half_written in output.glob(f"{PARTIAL}*"):
-        shutil.rmtree(half_written)
-    checkpoint = last_checkpoint(output)
-    if checkpoint:
-        check_processes(checkpoint, number_of_processes())
-    return checkpoint
 
 
 class _Run:
@@ -259,10 +180,7 @@ class _Run:
         self.settings, self.checkpoint, self.model, self.tokenizer = settings, checkpoint, model, tokenizer
         self.data, self.progress, self.say = data, progress, say
         self.output = Path(settings.output).expanduser()
-        processes = number_of_processes()
-        place = str(device) if processes == 1 else f"{processes} processes on {device.type}"
-        self.outcome = Outcome(settings, place, training_dtype(settings, device), data=data)
-        self.outcome.processes = processes
+        self.outcome = Outcome(settings, place(device), training_dtype(settings, device), data=data)
         self.outcome.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.outcome.parameters = checkpoint.sizes.parameters
         watched = {"data": examples.get("evaluation"), "probe": examples.get("general questions")}
@@ -281,33 +199,18 @@ class _Run:
 
     def train(self, start: Path | None) -> Any:
         """Trains, from a checkpoint or from the beginning, and writes everything."""
+        from chatglm.training.trainer import run_trainer
+
         outcome, settings = self.outcome, self.settings
         self.say(
             f"{settings.method}: {outcome.trained:,} parameters are trained, beside {outcome.parameters:,} of the "
             f"base, in {outcome.dtype} on {outcome.device}."
         )
-        if start:
-            self.say(f"Going on after {start}.")
-            self.trainer.args.eval_on_start = False  # it was done when the run began
-            outcome.resumed_at = int(start.name.split("-")[1])
-        began = time.perf_counter()
-        self.trainer.train(resume_from_checkpoint=str(start) if start else None)
-        outcome.seconds, outcome.steps = time.perf_counter() - began, self.trainer.state.global_step
-        self._look_once_more()
+        run_trainer(self.trainer, start, outcome, self.say)
         if settings.predict:
             self.predict("the last step")
-        outcome.log = self.trainer.state.log_history
         self._write()
         return outcome
-
-    def _look_once_more(self) -> None:
-        looked = any(name.startswith("eval_") for name in self._last_entries())
-        if self.trainer.eval_dataset and not looked:
-            self.trainer.evaluate()
-
-    def _last_entries(self) -> list[str]:
-        log, last = self.trainer.state.log_history, self.outcome.steps
-        return [name for entry in log if entry["step"] == last for name in entry]
 
     def predict(self, when: str) -> None:
         """Answers the evaluation questions and scores the answers."""
@@ -332,19 +235,16 @@ class _Run:
     def _write_files(self, weights: dict[str, Any]) -> None:
         from chatglm.training.report import draw_losses, readme
 
-        with tempfile.TemporaryDirectory(dir=self.output, prefix=PARTIAL) as name:
-            folder = Path(name)
+        with result(self.output) as folder:
             self._save(weights, folder)
             text = readme(self.outcome, licence_of(self.checkpoint.folder))
             if not draw_losses(self.outcome, folder / "loss.png"):
                 text = text.replace("![loss by step](loss.png)\n", "")
                 self.say("There is no picture of the loss without matplotlib; pip install matplotlib.")
             (folder / "README.md").write_text(text, encoding="utf-8")
-            for path in sorted(folder.iterdir(), key=lambda path: path.name == "README.md"):
-                os.replace(path, self.output / path.name)
 
     def _save(self, weights: dict[str, Any], folder: Path) -> None:
-        from chatglm.training.methods import save_checkpoint, save_prefix
+        from chatglm.training.methods import save_checkpoint, save_prefix, stored_dtype
 
         model = self.trainer.model
         if self.settings.method == "ptuning":
@@ -354,16 +254,8 @@ class _Run:
         if self.settings.method == "lora":
             model.save_pretrained(folder, state_dict=weights)
             return
-        save_checkpoint(model, weights, folder, self.checkpoint_dtype)
+        save_checkpoint(model, weights, folder, stored_dtype(self.checkpoint.config))
         self.tokenizer.save_pretrained(folder)
-
-    @property
-    def checkpoint_dtype(self) -> Any:
-        """The dtype that the base is stored in."""
-        import torch
-
-        config = self.checkpoint.config
-        return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
 
 
 def licence_of(folder: Path) -> str:

@@ -25,13 +25,12 @@ from chatglm.hub.quantization import QuantizedLinear
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 from chatglm.loading import default_device, load
 from chatglm.training.processes import is_sharded, number_of_processes
-from chatglm.training.settings import Settings
+from chatglm.training.settings import RUN_FILES, Settings
 from chatglm.weights.read import read_state
 
 PREFIX_FILE = "pytorch_model.bin"  # the name and format that the published code reads
 PREFIX = "transformer.prefix_encoder."
 ADAPTER_CONFIG = "adapter_config.json"
-RUN_FILES = ("finetune.yaml", "dpo.yaml", "rl.yaml")  # settings, as the commands write them
 
 
 def check_method(settings: Settings, config: dict[str, Any], device: torch.device) -> None:
@@ -97,6 +96,11 @@ def training_dtype(settings: Settings, device: torch.device) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return "float32"
+
+
+def stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    """What the weights beside this config.json are stored in."""
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
 
 
 def load_base(
@@ -276,9 +280,9 @@ def check_adapter(folder: Path) -> None:
 
 
 def base_of(folder: Path) -> str:
-    """The model that the settings of the run name: of `chatglm finetune`, `dpo` or `rl`."""
-    files = [folder / name for name in RUN_FILES if (folder / name).is_file()]
+    """The model that the settings of the run name, whichever command it was."""
+    files = [folder / name for name in RUN_FILES.values() if (folder / name).is_file()]
     keys = yaml.safe_load(files[0].read_text(encoding="utf-8")) if files else None
     if not isinstance(keys, dict):
-        raise OSError(f"{folder} does not tell its base (no {' or '.join(RUN_FILES)}); name it.")
+        raise OSError(f"{folder} does not tell its base (no {' or '.join(RUN_FILES.values())}); name it.")
     return keys.get("model", Settings.model)

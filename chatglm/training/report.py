@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from chatglm import __version__
+from chatglm.training.processes import number_of_processes
 from chatglm.training.rows import Data
-from chatglm.training.settings import Options, Settings
+from chatglm.training.settings import Options
 
 CURVES = {  # name in the log of the Trainer: name in the picture
     "loss": "training",
@@ -94,10 +95,10 @@ TITLES = {
 class Outcome:
     """What a run has found out, for its report."""
 
-    settings: Settings
+    settings: Any
     device: str
     dtype: str
-    processes: int = 1
+    processes: int = field(default_factory=number_of_processes)
     trained: int = 0
     parameters: int = 0
     steps: int = 0
@@ -107,8 +108,8 @@ class Outcome:
     log: list[dict[str, Any]] = field(default_factory=list)  # the Trainer's, with the scores of answers
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, loss) of one of CURVES."""
-        return [(entry["step"], entry[name]) for entry in self.log if name in entry]
+        """(step, value) of something that the Trainer logs."""
+        return [(entry["step"], entry[name]) for entry in self.log if entry.get(name) is not None]
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
@@ -174,9 +175,9 @@ def data_lines(data: dict[str, Data], places: int | None = 5) -> str:
     return "\n".join(lines)
 
 
-def command_line(settings: Options, command: str = "finetune") -> str:
+def command_line(settings: Options) -> str:
     """`chatglm COMMAND` with the flags that were chosen."""
-    words = ["chatglm", command, settings.model]
+    words = ["chatglm", settings.command, settings.model]
     for name, value in settings.chosen().items():
         if name == "model":
             continue

@@ -12,13 +12,19 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
 Chosen = TypeVar("Chosen", bound="Options")
 
 METHODS = ("lora", "ptuning", "full", "freeze")
+RUN_FILES = {  # the settings of a run in its output, by command
+    "finetune": "finetune.yaml",
+    "train-reward": "reward.yaml",
+    "dpo": "dpo.yaml",
+    "rl": "rl.yaml",
+}
 DTYPES = ("float32", "bfloat16", "float16")
 # Safe on models of 6 billion parameters by common practice; docs/finetuning.md has what was measured on small ones.
 LEARNING_RATES = {"lora": 2e-4, "ptuning": 5e-3, "full": 2e-5, "freeze": 5e-5}
@@ -32,6 +38,13 @@ def option(help: str, default: Any = None, **more: Any) -> Any:
 @dataclass(frozen=True)
 class Options:
     """What the settings of every command that trains can do; `data` and `output` are asked for."""
+
+    command: ClassVar[str]
+
+    @property
+    def file(self) -> str:
+        """The name of these settings in the output of a run."""
+        return RUN_FILES[self.command]
 
     def check(self: Chosen) -> Chosen:
         """Returns itself; raises ValueError, naming field and value, for what cannot be."""
@@ -54,6 +67,8 @@ class Options:
 @dataclass(frozen=True)
 class Settings(Options):
     """One run. Numbers of tokens count special ones as the published script did."""
+
+    command: ClassVar[str] = "finetune"
 
     model: str = option("a folder, a Hub name (owner/model), demo or demo-v1", "demo")
     revision: str | None = option("branch, tag or commit of a Hub name")
@@ -200,6 +215,11 @@ def _from_yaml(file: Path, settings: type[Options], name: Any, value: Any) -> An
 def make_settings(config: Path | None, flags: Mapping[str, Any], settings: type[Chosen] = Settings) -> Chosen:
     """The settings of a YAML file, if there is one, and of flags, which win."""
     return replace(settings(), **(read_yaml(config, settings) if config else {}) | dict(flags))
+
+
+def paths(names: tuple[str, ...]) -> list[Path]:
+    """Names of files as they are found: `~` is the home of who calls."""
+    return [Path(name).expanduser() for name in names]
 
 
 def to_yaml(settings: Options) -> str:

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from chatglm.training.methods import save_prefix, training_dtype
 from chatglm.training.processes import together, wait_for_all
+from chatglm.training.report import Outcome
 from chatglm.training.settings import Settings
 
 
@@ -91,6 +94,21 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     if name not in TrainingArguments.__dataclass_fields__:  # before 5.20
         name = "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def run_trainer(trainer: Trainer, start: Path | None, outcome: Outcome, say: Callable[[str], Any]) -> None:
+    """Trains, from the checkpoint `start` or from the beginning, and notes in `outcome` what came of it."""
+    if start:
+        say(f"Going on after {start}.")
+        trainer.args.eval_on_start = False  # it was done when the run began
+        outcome.resumed_at = int(start.name.split("-")[1])
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    outcome.seconds, outcome.steps = time.perf_counter() - began, trainer.state.global_step
+    outcome.log = trainer.state.log_history
+    last = [name for entry in outcome.log if entry["step"] == outcome.steps for name in entry]
+    if trainer.eval_dataset is not None and not any(name.startswith("eval_") for name in last):
+        trainer.evaluate()
 
 
 class Progress(ProgressCallback):
