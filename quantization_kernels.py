@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 import weakref
 import zlib
 from collections.abc import Callable
@@ -264,6 +265,75 @@ class OneDnnInt8(Packed):
         return self.packed.to_dense().t().contiguous()
 
 
+BASE = 127
+POWERS = torch.tensor([1, 1 / BASE, 1 / BASE**2], device="cpu")[:, None, None]
+
+
+def small_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M, in] as three digits of base 127, the lowest first: whole numbers from -64 to 64 [3, M, in], and their
+    scale [M, 1].
+
+    Twenty bits of the largest number of the row: the error of a product is about 1e-6.
+    """
+    x = x.float()
+    peak = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+    scale = peak.mul_(1 / (63 * (BASE**2 + BASE + 1)))
+    found = (x * (POWERS / scale)).round_()  # below 2^24: all that follows is exact
+    low, middle, high = found.unbind()
+    low.sub_(middle, alpha=BASE)
+    middle.sub_(high, alpha=BASE)
+    return found, scale
+
+
+class FbgemmInt8(Packed):
+    """int8 rows for FBGEMM's product with bytes, on any x86 CPU; activations are sent as three digits.
+
+    Without VNNI it adds pairs of products in 16 bits, which such digits cannot overflow, 2 * 128 * 128 = 32768 with
+    the sign of the weight -128: so the integers are exact. Three rows take as long as one. One scale a row.
+    """
+
+    FEW = 96  # above, widening the weight once and multiplying in float32 costs less
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        self.out_features = len(weight)
+        zero = torch.zeros(len(weight), dtype=torch.int64)
+        with warnings.catch_warnings():
+            # Torch means to remove tensors of this kind one day; this one lives for a line. See fbgemm_packs.
+            warnings.filterwarnings("ignore", ".*quantized tensor creation functions", UserWarning)
+            tensor = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
+            self.packed = torch.ops.quantized.linear_prepack(tensor, None)
+        self.scale = scale.float()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.FEW:
+            weight, wide = self.unpack(), x.to(product_dtype(x.dtype))
+            y = multiply_in_chunks(wide, len(weight), lambda rows: weight[rows])
+            return (y * self.scale).to(x.dtype)
+        rows, row_scale = small_digits(x)
+        # -64 to 64 are sent as bytes from 0 to 128.
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        low, middle, high = product(rows, 1.0, 64, self.packed).unbind()
+        y = low.add_(middle.add_(high, alpha=BASE), alpha=BASE)
+        return y.mul_(row_scale).to(x.dtype)
+
+    def unpack(self) -> torch.Tensor:
+        return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
+
+
+@functools.cache
+def fbgemm_packs() -> bool:
+    """Whether this torch has FBGEMM's int8 product, for this CPU, and it gives the right numbers."""
+    if torch.backends.quantized.engine not in ("fbgemm", "x86"):
+        return False
+    weight = (torch.arange(64 * 64) * 37 % 256 - 128).to(torch.int8).view(64, 64)
+    x = torch.linspace(-1, 1, 64)[None]
+    try:
+        y = FbgemmInt8(weight, torch.ones(64))(x)
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+    return torch.allclose(y, x @ weight.t().float(), rtol=0, atol=1e-2)
+
+
 class AtenInt8(Packed):
     """int8 rows for torch's bfloat16 product, which needs no special instructions; one scale a row."""
 
@@ -414,7 +484,8 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> Packed | None:
     if bits == 4 and weight.shape[1] % 16 == 0 and int4_block():
         return AtenInt4(weight, scale)
     if bits == 8 and scale.dim() == 1:
-        return OneDnnInt8(weight, scale) if has_vnni() else AtenInt8(weight, scale)
+        kind = OneDnnInt8 if has_vnni() else FbgemmInt8 if fbgemm_packs() else AtenInt8
+        return kind(weight, scale)
     return None
 
 

@@ -15,6 +15,7 @@ from chatglm.hub.quantization_kernels import (
     AtenInt4,
     AtenInt8,
     FbgemmHalf,
+    FbgemmInt8,
     OneDnnFloat,
     OneDnnInt8,
     dequantize_weight,
@@ -24,6 +25,7 @@ from chatglm.hub.quantization_kernels import (
     pack,
     plain_on_cpu,
     quantized_linear,
+    small_digits,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -101,6 +103,54 @@ def test_torchs_int8_product_equals_the_definition(dtype, shape, rows):
     assert error(y, expected(x, weight, scale, 8)) < IN_BFLOAT16
 
 
+has_fbgemm = pytest.mark.skipif(not kernels.fbgemm_packs(), reason="torch has no FBGEMM on this CPU")
+
+
+@has_fbgemm
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fbgemms_int8_product_equals_the_definition(dtype, shape, rows):
+    weight, scale = packed_weight(*shape, 8)
+    x = random(rows, shape[1], seed=2).to(dtype)
+    y = FbgemmInt8(weight, scale)(x)
+    assert y.dtype == dtype
+    assert error(y, expected(x, weight, scale, 8)) < max(EXACT[dtype], 3e-6)
+
+
+@has_fbgemm
+@pytest.mark.parametrize("value", [-128, 127])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_fbgemms_sums_do_not_overflow(value, sign, monkeypatch):
+    """The largest digits times the largest weights, in pairs, are what its 16 bits must hold."""
+    all_largest = torch.full((3, 1, 4096), 64.0 * sign), torch.ones(1, 1)
+    monkeypatch.setattr(kernels, "small_digits", lambda x: all_largest)
+    y = FbgemmInt8(torch.full((64, 4096), value, dtype=torch.int8), torch.ones(64))(torch.zeros(1, 4096))
+    assert y.flatten().tolist() == pytest.approx(
+        [64 * sign * value * 4096 * (1 + 127 + 127**2)] * 64, rel=1e-6
+    )
+
+
+def test_small_digits_are_the_numbers():
+    x = torch.cat((random(5, 300), random(5, 300) * 1e-20, torch.zeros(1, 300)))
+    found, scale = small_digits(x)
+    assert found.abs().max() <= 64
+    assert torch.equal(found, found.round())
+    whole = found[0] + 127 * found[1] + 127**2 * found[2]
+    assert ((whole * scale - x).abs() <= 0.6 * scale).all()
+
+
+@has_fbgemm
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_number_that_is_none_spoils_its_row_alone(value):
+    weight, scale = packed_weight(64, 256, 8)
+    x = random(2, 256)
+    x[0, 3] = value
+    y = FbgemmInt8(weight, scale)(x)
+    assert not y[0].isfinite().any()
+    assert y[1].isfinite().all()
+
+
 @pytest.mark.skipif(
     not kernels.has_vnni(), reason="without VNNI oneDNN's int8 product is wrong, and not used"
 )
@@ -136,7 +186,7 @@ def test_int4_weights_come_back_from_torchs_layout_bit_for_bit(shape, group_size
     assert torch.equal(AtenInt4(weight, scale).unpack(), weight)
 
 
-@pytest.mark.parametrize("kind", [OneDnnInt8, AtenInt8])
+@pytest.mark.parametrize("kind", [OneDnnInt8, pytest.param(FbgemmInt8, marks=has_fbgemm), AtenInt8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_int8_weights_come_back_from_torchs_layout_bit_for_bit(kind, shape):
     weight, scale = packed_weight(*shape, 8)
@@ -362,7 +412,7 @@ def test_a_float_layer_equals_torchs_own(dtype):
 
 def test_kinds_exist_for_this_machine():
     """What `pack` takes here, so that a machine that can do better does not fall back unseen."""
-    int8 = OneDnnInt8 if kernels.has_vnni() else AtenInt8
+    int8 = OneDnnInt8 if kernels.has_vnni() else FbgemmInt8 if kernels.fbgemm_packs() else AtenInt8
     assert type(pack(*packed_weight(64, 256, 8), 8)) is int8
     assert type(pack(*packed_weight(64, 256, 4), 4)) is AtenInt4
     assert type(kernels.pack_float(random(64, 64))) is OneDnnFloat
