@@ -58,7 +58,6 @@ from .positions_chatglm import (
 )
 from .quantization import (
     Linear,
-    Prepackable,
     QuantizedEmbedding,
     QuantizedLinear,
     check_packed_file,
@@ -70,6 +69,7 @@ from .quantization import (
     mismatched_shapes,
     own_quantization_config,
     packed_by_another_library,
+    prepack_all,
     quantize,
     register_with_transformers,
 )
@@ -160,9 +160,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         Packed weights do it by themselves at their first use; for float ones it is asked for here, because
         other code may look at them. Saving, moving, casting and training work as ever.
         """
-        for module in self.modules():
-            if isinstance(module, Prepackable):
-                module.prepack()
+        prepack_all(self)
         return self
 
     @classmethod

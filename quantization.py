@@ -19,6 +19,7 @@ import mmap
 import re
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ QUANTIZED_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"
 GROUP_SIZES = (32, 64, 128)
 EXTREME_BECOMES = (7.2, 8.0, 9.0)  # what the largest number of a group is tried as; 9 is cut to the range
 QUANT_METHOD = "chatglm"  # our name in transformers' table of quantizers
+PREPACKED_AT_ONCE = 4  # layers, each of which is in memory twice meanwhile
 CHUNK = 1 << 22  # numbers that are quantized at a time, so that little is held beside the weight
 
 
@@ -177,7 +179,11 @@ class Prepackable(nn.Module):
     packed: Packed | None = None
     number = -1
     weight_is_shared = False  # with an embedding, which goes on needing it
-    _lock = threading.Lock()
+    _locks = tuple(threading.Lock() for _ in range(64))  # of the class: a lock cannot be copied with a layer
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return self._locks[id(self) // 64 % len(self._locks)]
 
     def faster_weight(self) -> Packed | None:
         """The weight in a faster layout, if there is one here."""
@@ -230,6 +236,13 @@ class Prepackable(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
         return self.__dict__.copy()
+
+
+def prepack_all(model: nn.Module) -> None:
+    """Brings every weight of `model` into its fastest layout, a few at a time: one is often work of one thread."""
+    layers = [module for module in model.modules() if isinstance(module, Prepackable)]
+    with ThreadPoolExecutor(min(torch.get_num_threads(), PREPACKED_AT_ONCE)) as pool:
+        list(pool.map(Prepackable.prepack, layers))
 
 
 class Linear(Prepackable, nn.Linear):

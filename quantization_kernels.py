@@ -269,51 +269,43 @@ BASE = 127
 POWERS = torch.tensor([1, 1 / BASE, 1 / BASE**2], device="cpu")[:, None, None]
 
 
-def small_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [M, in] as three digits of base 127, the lowest first: whole numbers from -64 to 64 [3, M, in], and their
-    scale [M, 1].
+def small_digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M, in] as `count` digits of base 127, the lowest first: whole numbers from -64 to 64 [count, M, in].
 
-    Twenty bits of the largest number of the row: the error of a product is about 1e-6.
+    And their scale [M, 1]: one is so much. Of the largest number of the row, three digits hold twenty bits and two
+    thirteen: the error of a product is about 1e-6 or 1e-4.
     """
     x = x.float()
     peak = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-    scale = peak.mul_(1 / (63 * (BASE**2 + BASE + 1)))
-    found = (x * (POWERS / scale)).round_()  # below 2^24: all that follows is exact
-    low, middle, high = found.unbind()
-    low.sub_(middle, alpha=BASE)
-    middle.sub_(high, alpha=BASE)
+    scale = peak.mul_(1 / (63 * sum(BASE**i for i in range(count))))
+    found = (x * (POWERS[:count] / scale)).round_()  # below 2^24: all that follows is exact
+    for lower, higher in itertools.pairwise(found.unbind()):
+        lower.sub_(higher, alpha=BASE)
     return found, scale
 
 
 class FbgemmInt8(Packed):
-    """int8 rows for FBGEMM's product with bytes, on any x86 CPU; activations are sent as three digits.
+    """int8 rows for FBGEMM's product with bytes, on any x86 CPU; activations are sent as digits. One scale a row.
 
     Without VNNI it adds pairs of products in 16 bits, which such digits cannot overflow, 2 * 128 * 128 = 32768 with
-    the sign of the weight -128: so the integers are exact. Three rows take as long as one. One scale a row.
+    the sign of the weight -128: so the integers are exact. Three rows take as long as one.
     """
 
-    FEW = 96  # above, widening the weight once and multiplying in float32 costs less
+    FEW = 4  # up to here three digits cost little; two of many rows cost what float32 would
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         self.out_features = len(weight)
         zero = torch.zeros(len(weight), dtype=torch.int64)
-        with warnings.catch_warnings():
-            # Torch means to remove tensors of this kind one day; this one lives for a line. See fbgemm_packs.
-            warnings.filterwarnings("ignore", ".*quantized tensor creation functions", UserWarning)
-            tensor = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
-            self.packed = torch.ops.quantized.linear_prepack(tensor, None)
-        self.scale = scale.float()
+        tensor = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
+        self.packed = torch.ops.quantized.linear_prepack(tensor, None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > self.FEW:
-            weight, wide = self.unpack(), x.to(product_dtype(x.dtype))
-            y = multiply_in_chunks(wide, len(weight), lambda rows: weight[rows])
-            return (y * self.scale).to(x.dtype)
-        rows, row_scale = small_digits(x)
-        # -64 to 64 are sent as bytes from 0 to 128.
+        sent, row_scale = small_digits(x, 3 if len(x) <= self.FEW else 2)
+        # -64 to 64 become bytes from 0 to 128.
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        low, middle, high = product(rows, 1.0, 64, self.packed).unbind()
-        y = low.add_(middle.add_(high, alpha=BASE), alpha=BASE)
+        *lower, y = product(sent, 1.0, 64, self.packed).unbind()
+        for digit in reversed(lower):
+            y = digit.add_(y, alpha=BASE)
         return y.mul_(row_scale).to(x.dtype)
 
     def unpack(self) -> torch.Tensor:
@@ -322,13 +314,18 @@ class FbgemmInt8(Packed):
 
 @functools.cache
 def fbgemm_packs() -> bool:
-    """Whether this torch has FBGEMM's int8 product, for this CPU, and it gives the right numbers."""
+    """Whether this torch has FBGEMM's int8 product, for this CPU, and it gives the right numbers.
+
+    Torch means to remove the tensors that it is packed from one day, and says so the first time: here.
+    """
     if torch.backends.quantized.engine not in ("fbgemm", "x86"):
         return False
     weight = (torch.arange(64 * 64) * 37 % 256 - 128).to(torch.int8).view(64, 64)
     x = torch.linspace(-1, 1, 64)[None]
     try:
-        y = FbgemmInt8(weight, torch.ones(64))(x)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*quantized tensor creation functions", UserWarning)
+            y = FbgemmInt8(weight, torch.ones(64))(x)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return False
     return torch.allclose(y, x @ weight.t().float(), rtol=0, atol=1e-2)

@@ -28,6 +28,7 @@ def load(
     quantize: int | None = None,
     revision: str | None = None,
     group_size: int | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
     """Loads a model for chatting and its tokenizer.
 
@@ -40,6 +41,7 @@ def load(
             that the memory holds the packed model and little more.
         revision: of a Hub name: a branch, tag or commit.
         group_size: with `quantize=4`, 32, 64 or 128 columns that share a scale; None: a whole row.
+        adapter: a folder that `chatglm finetune`, `dpo` or `rl` wrote for this model: LoRA factors or a prefix.
 
     On a CPU the weights are brought into the order that it reads fastest; `model.train()` undoes
     that, for code that looks at them.
@@ -48,6 +50,15 @@ def load(
     or contents, before any weight is read. Weights come from safetensors where there are any, else
     from .bin files, of whose pickles torch takes tensors alone. No Python file of the folder runs.
     """
+    if adapter is not None:
+        from chatglm.training.methods import check_adapter, load_finetuned
+
+        check_adapter(Path(adapter).expanduser())
+        loading = {"device": device, "dtype": dtype, "quantize": quantize, "revision": revision}
+        model, tokenizer = load_finetuned(adapter, name, group_size=group_size, **loading)
+        # Of PEFT's model, the one that the factors were put into, which chats by itself.
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return model.prepack() if model.device.type == "cpu" else model, tokenizer
     if quantize not in (None, 4, 8):
         raise ValueError(f"quantize is {quantize!r}; give 8 or 4 bits, or None for no packing.")
     if group_size and not quantize:

@@ -118,6 +118,38 @@ def test_what_a_method_wrote_loads_and_answers_otherwise_than_before(both, metho
     assert largest_difference(after, before) > 1e-4
 
 
+@pytest.mark.parametrize("quantize", [None, 8])
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_an_adapter_is_chatted_with_and_served_as_it_is(both, method, quantize):
+    pytest.importorskip("fastapi", reason="serving needs the extra 'server'")
+    from chatglm.engine.request import Request
+    from chatglm.server.model import load_model
+    from chatglm.server.settings import Settings as ServerSettings
+
+    quietly(replace(both, method=method, **SMALL[method]))
+    loading = {"device": "cpu", "quantize": quantize, "adapter": both.output}
+    model, tokenizer = chatglm.load(both.model, **loading)
+    expected = logits_of(*load_finetuned(both.output, device="cpu", quantize=quantize))
+    assert_close(logits_of(model, tokenizer), expected)
+    answer, _ = model.chat(tokenizer, "今天天气", do_sample=False, max_length=40)
+
+    served = load_model(both.model, ServerSettings(), **loading)
+    try:
+        prompt = tokenizer.encode_chat("今天天气")
+        asked = served.engine.submit(Request(prompt, temperature=0, max_tokens=40 - len(prompt)))
+        assert "".join(piece.text for piece in asked) == answer
+        assert served.id == Path(both.output).name
+    finally:
+        served.engine.close()
+
+
+def test_what_is_no_adapter_is_told(both, tmp_path):
+    with pytest.raises(OSError, match="holds no adapter"):
+        chatglm.load(both.model, "cpu", adapter=both.model)
+    with pytest.raises(OSError, match="holds no adapter"):
+        chatglm.load(both.model, "cpu", adapter=tmp_path / "nothing")
+
+
 @pytest.mark.parametrize("quantize", [None, 8, 4])
 def test_a_merged_adapter_gives_the_logits_of_the_adapter_beside_its_base(both, tmp_path, quantize):
     quietly(replace(both, quantize=quantize, lora_target=("query_key_value", "dense")))

@@ -115,7 +115,9 @@ def test_fbgemms_int8_product_equals_the_definition(dtype, shape, rows):
     x = random(rows, shape[1], seed=2).to(dtype)
     y = FbgemmInt8(weight, scale)(x)
     assert y.dtype == dtype
-    assert error(y, expected(x, weight, scale, 8)) < max(EXACT[dtype], 3e-6)
+    assert error(y, expected(x, weight, scale, 8)) < max(
+        EXACT[dtype], 3e-6 if rows <= FbgemmInt8.FEW else 3e-4
+    )
 
 
 @has_fbgemm
@@ -124,19 +126,21 @@ def test_fbgemms_int8_product_equals_the_definition(dtype, shape, rows):
 def test_fbgemms_sums_do_not_overflow(value, sign, monkeypatch):
     """The largest digits times the largest weights, in pairs, are what its 16 bits must hold."""
     all_largest = torch.full((3, 1, 4096), 64.0 * sign), torch.ones(1, 1)
-    monkeypatch.setattr(kernels, "small_digits", lambda x: all_largest)
+    monkeypatch.setattr(kernels, "small_digits", lambda x, count: all_largest)
     y = FbgemmInt8(torch.full((64, 4096), value, dtype=torch.int8), torch.ones(64))(torch.zeros(1, 4096))
     assert y.flatten().tolist() == pytest.approx(
         [64 * sign * value * 4096 * (1 + 127 + 127**2)] * 64, rel=1e-6
     )
 
 
-def test_small_digits_are_the_numbers():
+@pytest.mark.parametrize("count", [2, 3])
+def test_small_digits_are_the_numbers(count):
     x = torch.cat((random(5, 300), random(5, 300) * 1e-20, torch.zeros(1, 300)))
-    found, scale = small_digits(x)
+    found, scale = small_digits(x, count)
     assert found.abs().max() <= 64
     assert torch.equal(found, found.round())
-    whole = found[0] + 127 * found[1] + 127**2 * found[2]
+    whole = sum(127**i * found[i] for i in range(count))
+    assert whole.abs().max() == 63 * sum(127**i for i in range(count))
     assert ((whole * scale - x).abs() <= 0.6 * scale).all()
 
 

@@ -7,11 +7,17 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint
-from chatglm.cli.options import add_loading_options, share, temperature, whole_number
+from chatglm.cli.options import (
+    add_adapter_option,
+    add_loading_options,
+    named_model,
+    share,
+    temperature,
+    whole_number,
+)
 from chatglm.find import OURS, find_checkpoint
 from chatglm.streaming import new_text
 
@@ -64,13 +70,8 @@ class Backend(Protocol):
 def add_backend_options(parser: argparse.ArgumentParser) -> None:
     """All but the model itself: how it is loaded or where it is served, and how it answers."""
     add_loading_options(parser)
+    add_adapter_option(parser)
     add = parser.add_argument
-    add(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="what chatglm finetune wrote: a LoRA adapter or a prefix (the model is then the one it was made for)",
-    )
     add(
         "--url",
         help="ask this OpenAI-compatible server, such as http://127.0.0.1:8000, instead of loading a model",
@@ -137,18 +138,8 @@ def _open_server(arguments: argparse.Namespace) -> ServedModel:
     )
 
 
-def _base(arguments: argparse.Namespace) -> str:
-    """The model that is named, or the one that the adapter was made for; without either, ours."""
-    if not arguments.adapter:
-        return arguments.model or "demo"
-    from chatglm.training.methods import base_of, check_adapter
-
-    check_adapter(arguments.adapter)
-    return arguments.model or base_of(arguments.adapter)
-
-
 def _load_model(arguments: argparse.Namespace) -> LoadedModel:
-    name = _base(arguments)
+    name = named_model(arguments)
     # Before torch is imported, which takes seconds: most mistakes are told at once.
     checkpoint = read_checkpoint(find_checkpoint(name, arguments.revision))
     temperature = arguments.temperature
@@ -178,15 +169,8 @@ def _load(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple:
 
     if checkpoint.sizes.parameters < LARGE:
         transformers.utils.logging.disable_progress_bar()
-    loading = {name: getattr(arguments, name) for name in ("device", "dtype", "quantize")}
-    if arguments.adapter:
-        from chatglm.training.methods import load_finetuned
-
-        model, tokenizer = load_finetuned(arguments.adapter, checkpoint.folder, **loading)
-        # Of an adapter, the model that it was put into, which chats by itself.
-        loaded = (model.get_base_model() if hasattr(model, "get_base_model") else model), tokenizer
-    else:
-        loaded = load(checkpoint.folder, **loading)
+    loading = {name: getattr(arguments, name) for name in ("device", "dtype", "quantize", "adapter")}
+    loaded = load(checkpoint.folder, **loading)
     if arguments.seed is not None:
         transformers.set_seed(arguments.seed)
     return loaded

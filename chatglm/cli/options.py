@@ -20,6 +20,26 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_loading_options(parser)
 
 
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """--adapter; the default of MODEL must be None then, see `named_model`."""
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="what chatglm finetune wrote: a LoRA adapter or a prefix (the model is then the one it was made for)",
+    )
+
+
+def named_model(arguments: argparse.Namespace) -> str:
+    """The model that is named, or the one that the adapter was made for; without either, ours."""
+    if not arguments.adapter:
+        return arguments.model or "demo"
+    from chatglm.training.methods import base_of, check_adapter
+
+    check_adapter(arguments.adapter)
+    return arguments.model or base_of(arguments.adapter)
+
+
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """--revision, --device, --dtype and --quantize, as `chatglm.load` takes them."""
     add = parser.add_argument

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatglm.checkpoint import Checkpoint, read_checkpoint, readable
-from chatglm.cli.options import add_model_options, whole_number
-from chatglm.find import find_checkpoint
+from chatglm.cli.options import add_adapter_option, add_loading_options, named_model, whole_number
+from chatglm.find import MODEL_HELP, find_checkpoint
 
 if TYPE_CHECKING:
     from chatglm.engine.cluster import Scale
@@ -27,6 +27,7 @@ Examples:
   chatglm serve
   chatglm serve THUDM/chatglm2-6b --quantize 4
   chatglm serve --host 0.0.0.0 --api-key-file keys.txt
+  chatglm serve --adapter my-lora
   chatglm serve THUDM/chatglm-6b --ray --replicas 4
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"model": "demo", "messages": [{"role": "user", "content": "hello"}]}'
@@ -38,13 +39,15 @@ docs/serving.md tells every route and field.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    add_model_options(parser)
     add_server_options(parser)
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Where the server listens, who may come in, and how much at a time."""
+    """Which model is served, where, to whom, and how much at a time."""
     add = parser.add_argument
+    add("model", nargs="?", help=MODEL_HELP)
+    add_loading_options(parser)
+    add_adapter_option(parser)
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
     add("--port", type=port, default=8000, help="port to listen at; 0: any that is free (default: 8000)")
     add(
@@ -124,6 +127,7 @@ def serve_model(arguments: argparse.Namespace, listening: Callable[[str], None])
     """Serves the model of the command line; `listening` is called with the address when it can be opened."""
     # Before torch is imported and anything large is loaded: most mistakes are told at once.
     settings = settings_from(arguments)
+    arguments.model = named_model(arguments)
     checkpoint = read_checkpoint(find_checkpoint(arguments.model, arguments.revision))
     from chatglm.server.run import serve
 
@@ -155,7 +159,7 @@ def _load(
         transformers.utils.logging.disable_progress_bar()
     if scale is None and checkpoint.sizes.parameters < SMALL:
         torch.set_num_threads(1)
-    options = {name: getattr(arguments, name) for name in ("device", "dtype", "quantize")}
+    options = {name: getattr(arguments, name) for name in ("device", "dtype", "quantize", "adapter")}
     try:
         model = load_model(arguments.model, settings, arguments.revision, scale, **options)
     except torch.OutOfMemoryError:

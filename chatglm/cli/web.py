@@ -6,12 +6,10 @@ import argparse
 import threading
 import webbrowser
 
-from chatglm.cli.options import add_model_options
 from chatglm.cli.serve import add_server_options, serve_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
     add_server_options(parser)
     parser.add_argument(
         "--no-browser", action="store_true", help="do not open the page, only tell its address"

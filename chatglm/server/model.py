@@ -90,20 +90,22 @@ def load_model(
 ) -> Model:
     """Loads a model as `chatglm.load` does and starts its engine.
 
-    `name` is "demo", "demo-v1", a folder or a Hub name; `loading` are device, dtype and quantize. With `scale`, Ray
-    runs copies of the model in processes of their own.
+    `name` is "demo", "demo-v1", a folder or a Hub name; `loading` are device, dtype, quantize and adapter, after which
+    the model is called. With `scale`, Ray runs copies of the model in processes of their own.
     """
     from chatglm.checkpoint import read_checkpoint
     from chatglm.find import find_checkpoint
     from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
 
     checkpoint = read_checkpoint(find_checkpoint(name, revision))
+    if loading.get("adapter"):  # copies may run in other folders
+        loading["adapter"] = Path(loading["adapter"]).expanduser().resolve()
     make = _engine_here if scale is None else partial(_engine_of_replicas, scale=scale)
     engine = make(checkpoint, (settings.max_batch, settings.max_queue, settings.max_context), loading)
     family, facts = engine.config.family, engine.facts
     defaults = CHAT_DEFAULTS[family]
     return Model(
-        id=model_id(name),
+        id=model_id(str(loading.get("adapter") or name)),
         engine=engine,
         tokenizer=engine.tokenizer,
         family=family,
