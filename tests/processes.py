@@ -21,6 +21,7 @@ LAUNCH = ROOT / "chatglm" / "training" / "launch"
 # Options of `accelerate launch`, and the program that it starts.
 Launcher = tuple[list[str], list[str]]
 FSDP: Launcher = ["--config_file", str(LAUNCH / "fsdp.yaml")], [str(ROOT / "tests" / "cpus_as_gpus.py")]
+ZERO3: Launcher = ["--config_file", str(LAUNCH / "zero3.yaml")], FSDP[1]
 COPIES: Launcher = ["--multi_gpu"], ["-m", "chatglm"]
 
 
@@ -41,7 +42,8 @@ def launch(launcher: Launcher, arguments: list[str]) -> subprocess.CompletedProc
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(port), *program, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, env=environment)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from processes import COPIES, FSDP, LAUNCH, assert_same_run, launch, launched
+from processes import COPIES, FSDP, LAUNCH, ZERO3, assert_same_run, launch, launched
 from safetensors.torch import load_file
 
 from chatglm.cli import main
@@ -71,6 +72,17 @@ def test_fsdp_trains_lora_as_one_process_does_and_resumes(tiny_v2_folder, data, 
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name
     assert main(["finetune", "--resume", "--output", str(two)]) == 1  # one process cannot go on with it
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_zero3_trains_as_one_process_does(tiny_v1_folder, data, tmp_path, method, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(flags(tiny_v1_folder, data, one, 2, "--method", method)) == 0
+    launched(ZERO3, flags(tiny_v1_folder, data, two, 1, "--method", method))
+    assert_same_run(one, two, "model.safetensors" if method == "full" else "adapter_model.safetensors")
 
 
 @pytest.mark.slow
