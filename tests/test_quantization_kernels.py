@@ -92,32 +92,30 @@ def test_torchs_int4_product_equals_the_definition(dtype, shape, group_size, row
     assert error(y, expected(x, weight, scale, 4)) < IN_BFLOAT16
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_torchs_int8_product_equals_the_definition(dtype, shape, rows):
-    weight, scale = packed_weight(*shape, 8)
-    x = random(rows, shape[1], seed=2).to(dtype)
-    y = AtenInt8(weight, scale)(x)
-    assert y.dtype == dtype
-    assert error(y, expected(x, weight, scale, 8)) < IN_BFLOAT16
-
-
 has_fbgemm = pytest.mark.skipif(not kernels.fbgemm_packs(), reason="torch has no FBGEMM on this CPU")
+has_vnni = pytest.mark.skipif(
+    not kernels.has_vnni(), reason="without VNNI oneDNN's int8 product is wrong, and not used"
+)
+INT8 = [AtenInt8, pytest.param(FbgemmInt8, marks=has_fbgemm), pytest.param(OneDnnInt8, marks=has_vnni)]
 
 
-@has_fbgemm
+def rounding(kind: type, rows: int) -> float:
+    """What sending the activations in the way of this product costs."""
+    if kind is FbgemmInt8:
+        return 3e-6 if rows <= kind.FEW else 3e-4
+    return IN_BFLOAT16 if kind is AtenInt8 else 1e-4
+
+
+@pytest.mark.parametrize("kind", INT8)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fbgemms_int8_product_equals_the_definition(dtype, shape, rows):
+def test_torchs_int8_products_equal_the_definition(dtype, shape, rows, kind):
     weight, scale = packed_weight(*shape, 8)
     x = random(rows, shape[1], seed=2).to(dtype)
-    y = FbgemmInt8(weight, scale)(x)
+    y = kind(weight, scale)(x)
     assert y.dtype == dtype
-    assert error(y, expected(x, weight, scale, 8)) < max(
-        EXACT[dtype], 3e-6 if rows <= FbgemmInt8.FEW else 3e-4
-    )
+    assert error(y, expected(x, weight, scale, 8)) < max(EXACT[dtype], rounding(kind, rows))
 
 
 @has_fbgemm
@@ -153,20 +151,6 @@ def test_a_number_that_is_none_spoils_its_row_alone(value):
     y = FbgemmInt8(weight, scale)(x)
     assert not y[0].isfinite().any()
     assert y[1].isfinite().all()
-
-
-@pytest.mark.skipif(
-    not kernels.has_vnni(), reason="without VNNI oneDNN's int8 product is wrong, and not used"
-)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_onednns_int8_product_equals_the_definition(dtype, shape, rows):
-    weight, scale = packed_weight(*shape, 8)
-    x = random(rows, shape[1], seed=2).to(dtype)
-    y = OneDnnInt8(weight, scale)(x)
-    assert y.dtype == dtype
-    assert error(y, expected(x, weight, scale, 8)) < max(EXACT[dtype], 1e-4)
 
 
 def test_onednns_int8_product_is_right_where_nothing_saturates():
