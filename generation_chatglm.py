@@ -33,6 +33,7 @@ from .positions_chatglm import (
     pack_positions,
     two_dimensional_mask,
 )
+from .quantization import prepack_all
 from .quantization_kernels import product_dtype
 
 STEP = 256  # tokens by which caches, masks and rotary tables grow: short chats do not pay for long ones
@@ -610,6 +611,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         For ChatGLM-6B the published four-dimensional masks and two-row positions are taken too. With
         `int8_cache=True` keys and values are kept in 8 bits (Int8Cache).
         """
+        prepack_all(self, packed_only=True)  # here for all layers at once; each would do it at its first use
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if kwargs.pop("int8_cache", False):
             kwargs["past_key_values"] = self._int8_cache(kwargs.get("past_key_values"))

@@ -238,11 +238,20 @@ class Prepackable(nn.Module):
         return self.__dict__.copy()
 
 
-def prepack_all(model: nn.Module) -> None:
-    """Brings every weight of `model` into its fastest layout, a few at a time: one is often work of one thread."""
-    layers = [module for module in model.modules() if isinstance(module, Prepackable)]
-    with ThreadPoolExecutor(min(torch.get_num_threads(), PREPACKED_AT_ONCE)) as pool:
-        list(pool.map(Prepackable.prepack, layers))
+def prepack_all(model: nn.Module, packed_only: bool = False) -> None:
+    """Brings all weights of `model`, or packed ones alone, into their fastest layout, if they are not.
+
+    A few at a time: one is often work of one thread.
+    """
+    kind = QuantizedLinear if packed_only else Prepackable
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, kind) and module.packed is None and module.weight.device.type == "cpu"
+    ]
+    if layers:
+        with ThreadPoolExecutor(min(torch.get_num_threads(), PREPACKED_AT_ONCE)) as pool:
+            list(pool.map(Prepackable.prepack, layers))
 
 
 class Linear(Prepackable, nn.Linear):

@@ -189,3 +189,21 @@ def test_a_device_other_than_the_processor_is_told_after_a_forward_too():
     layer(torch.ones(1, 32))
     with pytest.raises(ValueError, match="input is on meta, but the packed weight on cpu"):
         layer(torch.ones(1, 32, device="meta"))
+
+
+def test_an_answer_begins_with_all_packed_layers_in_their_layout(
+    family: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Side by side, before the first of them is used; float layers stay as they are."""
+    model = tiny_model(family).quantize(8)
+    packed_when_read = []
+    read = type(model).forward
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, *args, **kwargs: (
+            packed_when_read.append(len(prepacked(self))) or read(self, *args, **kwargs)
+        ),
+    )
+    model.generate(prompt(family), max_new_tokens=2, do_sample=False)
+    assert packed_when_read[0] == sum(isinstance(module, QuantizedLinear) for module in model.modules())
