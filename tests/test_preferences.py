@@ -331,6 +331,7 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not_stopped(
 
 
 def test_the_output_tells_how_it_was_made(tiny_v2_folder, data, tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: install the extra 'train'")
     said = []
     train_reward(
         settings(RewardSettings, tiny_v2_folder, data, tmp_path / "out", eval_data=(data,)),
