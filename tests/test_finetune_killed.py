@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_one_that_
     whole, output = tmp_path / "whole", tmp_path / "out"
     let_end([*run, "--output", str(whole)])
 
-    kill_in("chatglm.training.finetune.to_yaml", 1, [*run, "--output", str(output)])
+    kill_in("chatglm.training.folder.to_yaml", 1, [*run, "--output", str(output)])
     assert not output.exists()  # so the same command starts again
     kill_in(TRAINING, 6, [*run, "--output", str(output)])
     assert (output / "checkpoint-4").is_dir()

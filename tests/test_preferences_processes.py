@@ -15,7 +15,6 @@ pytest.importorskip("trl", reason="the loops are TRL's: install the extra 'prefe
 pytest.importorskip("peft", reason="LoRA is PEFT's: install the extra 'train'")
 
 pytestmark = [
-    pytest.mark.slow,
     # PEFT 0.21 asks transformers for a property under its old name.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
 ]
@@ -41,6 +40,7 @@ def flags(command: str, model: Path, data: str, output: Path, accumulation: int,
     return [*run.split(), *steps.split(), *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "weights"), [("train-reward", "model.safetensors"), ("dpo", "adapter_model.safetensors")]
 )
@@ -54,6 +54,7 @@ def test_two_processes_learn_what_one_does(tiny_v1_folder, data, tmp_path, comma
     assert "4 steps of 4 pairs each" in (two / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_two_processes_answer_and_learn_together(tiny_v2_folder, data, tmp_path):
     reward, output = tmp_path / "reward", tmp_path / "out"
     assert main(flags("train-reward", tiny_v2_folder, data, reward, 1)) == 0
@@ -64,6 +65,7 @@ def test_two_processes_answer_and_learn_together(tiny_v2_folder, data, tmp_path)
     assert any(tensor.any() for name, tensor in learned.items() if "lora_B" in name)
 
 
+@pytest.mark.long
 def test_processes_fail_together_with_one_sentence(tiny_v2_folder, data, tmp_path):
     done = launch(COPIES, flags("dpo", tiny_v2_folder, data, tmp_path / "out", 1, "--chosen-column", "best"))
     assert done.returncode != 0
