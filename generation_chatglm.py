@@ -611,7 +611,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
         For ChatGLM-6B the published four-dimensional masks and two-row positions are taken too. With
         `int8_cache=True` keys and values are kept in 8 bits (Int8Cache).
         """
-        prepack_all(self, packed_only=True)  # here for all layers at once; each would do it at its first use
+        prepack_all(
+            self, quantized_only=True
+        )  # here for all layers at once; each would do it at its first use
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if kwargs.pop("int8_cache", False):
             kwargs["past_key_values"] = self._int8_cache(kwargs.get("past_key_values"))

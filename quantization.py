@@ -34,6 +34,8 @@ from .quantization_kernels import (
     PlainProduct,
     dequantize_weight,
     float_linear,
+    may_pack,
+    may_pack_float,
     pack,
     pack_float,
     packed_linear,
@@ -48,7 +50,9 @@ QUANTIZED_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"
 GROUP_SIZES = (32, 64, 128)
 EXTREME_BECOMES = (7.2, 8.0, 9.0)  # what the largest number of a group is tried as; 9 is cut to the range
 QUANT_METHOD = "chatglm"  # our name in transformers' table of quantizers
-PREPACKED_AT_ONCE = 4  # layers, each of which is in memory twice meanwhile
+PREPACKED_AT_ONCE = (
+    2  # layers: while it is packed, one is in memory three times in int8, and four in bfloat16
+)
 CHUNK = 1 << 22  # numbers that are quantized at a time, so that little is held beside the weight
 
 
@@ -179,11 +183,12 @@ class Prepackable(nn.Module):
     packed: Packed | None = None
     number = -1
     weight_is_shared = False  # with an embedding, which goes on needing it
-    _locks = tuple(threading.Lock() for _ in range(64))  # of the class: a lock cannot be copied with a layer
+    # Of the class, since a lock cannot be copied with a layer; two layers may share one, and wait for each other.
+    _locks = tuple(threading.Lock() for _ in range(61))
 
     @property
     def _lock(self) -> threading.Lock:
-        return self._locks[id(self) // 64 % len(self._locks)]
+        return self._locks[id(self) // 16 % len(self._locks)]
 
     def faster_weight(self) -> Packed | None:
         """The weight in a faster layout, if there is one here."""
@@ -191,29 +196,34 @@ class Prepackable(nn.Module):
 
     def prepack(self) -> None:
         """Bring the weight into the fastest layout that this machine has for it."""
-        offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)  # here for this call alone
         with self._lock:
-            if self.packed is None and not (self.training or offloaded) and self.weight.device.type == "cpu":
-                packed = self.faster_weight()
-                if packed is not None:
-                    self.number = register(packed)
-                    if not self.weight_is_shared:
-                        old = self.weight
-                        self.weight = nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad)
-                        give_back(old.detach())
-                    self.packed = packed
+            packed = self.faster_weight() if self.may_be_packed() else None
+            if packed is not None:
+                self.number = register(packed)
+                self.packed = packed  # before the weight goes, which other threads may be looking for
+                if not self.weight_is_shared:
+                    old = self.weight
+                    self.weight = nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad)
+                    give_back(old.detach())
+
+    def may_be_packed(self) -> bool:
+        """Whether the weight lies here as published, and is to stay here and as it is."""
+        offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)  # here for one call alone
+        return self.packed is None and not (self.training or offloaded)
 
     def restore(self) -> None:
         """Bring the weight back into the published layout."""
         with self._lock:
             if self.packed is not None:
                 if self.weight.is_meta:
-                    self.weight = nn.Parameter(self.packed.unpack(), self.weight.requires_grad)
+                    with torch.inference_mode(False):  # or training could never use it
+                        self.weight = nn.Parameter(self.packed.unpack(), self.weight.requires_grad)
                 self.packed = None
 
     def published_weight(self) -> torch.Tensor:
         """The weight in the published layout, wherever it is."""
-        return self.packed.unpack() if self.packed is not None and self.weight.is_meta else self.weight
+        weight, packed = self.weight, self.packed
+        return packed.unpack() if packed is not None and weight.is_meta else weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Prepackable:
         self.restore()
@@ -238,17 +248,13 @@ class Prepackable(nn.Module):
         return self.__dict__.copy()
 
 
-def prepack_all(model: nn.Module, packed_only: bool = False) -> None:
-    """Brings all weights of `model`, or packed ones alone, into their fastest layout, if they are not.
+def prepack_all(model: nn.Module, quantized_only: bool = False) -> None:
+    """Bring all weights of `model`, or the int8 and int4 ones alone, into their fastest layout, if they are not.
 
-    A few at a time: one is often work of one thread.
+    A few layers at a time, because packing one often uses one thread only.
     """
-    kind = QuantizedLinear if packed_only else Prepackable
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, kind) and module.packed is None and module.weight.device.type == "cpu"
-    ]
+    kind = QuantizedLinear if quantized_only else Prepackable
+    layers = [module for module in model.modules() if isinstance(module, kind) and module.may_be_packed()]
     if layers:
         with ThreadPoolExecutor(min(torch.get_num_threads(), PREPACKED_AT_ONCE)) as pool:
             list(pool.map(Prepackable.prepack, layers))
@@ -257,8 +263,12 @@ def prepack_all(model: nn.Module, packed_only: bool = False) -> None:
 class Linear(Prepackable, nn.Linear):
     """`nn.Linear` that never takes torch's slow way through half-precision products on a CPU."""
 
+    def may_be_packed(self) -> bool:
+        known = self._is_plain() and not self.weight_is_shared
+        return known and super().may_be_packed() and may_pack_float(self.weight)
+
     def faster_weight(self) -> Packed | None:
-        return pack_float(self.weight.detach()) if self._is_plain() and not self.weight_is_shared else None
+        return pack_float(self.weight.detach())
 
     def _is_plain(self) -> bool:
         """Whether no other library has put its own kind of tensor here, which would know best itself."""
@@ -345,6 +355,13 @@ class QuantizedLinear(Prepackable, PackedWeight):
             layer.fill(weight)
         layer.bias = linear.bias
         return layer
+
+    def fill(self, weight: torch.Tensor) -> None:
+        self.restore()
+        super().fill(weight)
+
+    def may_be_packed(self) -> bool:
+        return super().may_be_packed() and may_pack(self.weight, self.bits)
 
     def faster_weight(self) -> Packed | None:
         return pack(self.weight, self.weight_scale, self.bits)

@@ -25,6 +25,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import warnings
@@ -108,6 +109,20 @@ def multiply_in_chunks(x: torch.Tensor, out: int, rows_of: Callable[[slice], tor
 # The choice of a path
 # ---------------------------------------------------------------------------------------------------------------
 
+
+def once(function: Callable) -> Callable:
+    """`functools.cache` for what must not be done twice at a time, such as compiling: other threads wait."""
+    cached, lock = functools.cache(function), threading.Lock()
+
+    @functools.wraps(function)
+    def wait(*args: Any) -> Any:
+        with lock:
+            return cached(*args)
+
+    wait.cache_clear = cached.cache_clear
+    return wait
+
+
 # CHATGLM_KERNELS forces one; "auto" takes the first of its device that can run.
 PATHS = {"cpu": ("torch",), "cuda": ("cuda", "triton")}
 ALL_PATHS = ("auto", "plain", "torch", "native", "cuda", "triton")
@@ -123,7 +138,7 @@ def choose_path(device_type: str) -> str:
     return _choose_path(device_type, os.environ.get("CHATGLM_KERNELS", "auto"))
 
 
-@functools.cache
+@once
 def _choose_path(device_type: str, forced: str) -> str:
     if forced not in ALL_PATHS:
         raise ValueError(f"CHATGLM_KERNELS is {forced!r}; set one of {', '.join(ALL_PATHS)}.")
@@ -265,33 +280,38 @@ class OneDnnInt8(Packed):
         return self.packed.to_dense().t().contiguous()
 
 
-BASE = 127
-POWERS = torch.tensor([1, 1 / BASE, 1 / BASE**2], device="cpu")[:, None, None]
+BASE, HALF = (
+    127,
+    64,
+)  # a digit is at most HALF in size; rounding the lower ones may take the highest from 63 there
+POWERS = torch.tensor([1, 1 / BASE, 1 / BASE**2], dtype=torch.float32, device="cpu")[:, None, None]
 
 
 def small_digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [M, in] as `count` digits of base 127, the lowest first: whole numbers from -64 to 64 [count, M, in].
 
-    And their scale [M, 1]: one is so much. Of the largest number of the row, three digits hold twenty bits and two
-    thirteen: the error of a product is about 1e-6 or 1e-4.
+    The second result [M, 1] is what 1 in the lowest digit is worth. Two digits hold thirteen bits of the largest
+    number of the row, three of them twenty: usually the error of a product is about 1e-4 or 1e-6.
     """
     x = x.float()
     peak = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-    scale = peak.mul_(1 / (63 * sum(BASE**i for i in range(count))))
-    found = (x * (POWERS[:count] / scale)).round_()  # below 2^24: all that follows is exact
-    for lower, higher in itertools.pairwise(found.unbind()):
+    peak.add_(peak - peak)  # an infinite one becomes nan, as does its row
+    scale = peak.mul_(1 / ((HALF - 1) * sum(BASE**i for i in range(count))))
+    digits = (x * (POWERS[:count] / scale)).round_()  # below 2^24: all that follows is exact
+    for lower, higher in itertools.pairwise(digits.unbind()):
         lower.sub_(higher, alpha=BASE)
-    return found, scale
+    return digits, scale
 
 
 class FbgemmInt8(Packed):
     """int8 rows for FBGEMM's product with bytes, on any x86 CPU; activations are sent as digits. One scale a row.
 
     Without VNNI it adds pairs of products in 16 bits, which such digits cannot overflow, 2 * 128 * 128 = 32768 with
-    the sign of the weight -128: so the integers are exact. Three rows take as long as one.
+    the sign of the weight -128: so the integers are exact.
     """
 
     FEW = 4  # up to here three digits cost little; two of many rows cost what float32 would
+    WILD = 64  # so many times the mean of a row, a largest number leaves the others too little of two digits
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         self.out_features = len(weight)
@@ -300,10 +320,21 @@ class FbgemmInt8(Packed):
         self.packed = torch.ops.quantized.linear_prepack(tensor, None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        sent, row_scale = small_digits(x, 3 if len(x) <= self.FEW else 2)
+        if len(x) <= self.FEW:
+            return self._multiply(x, 3)
+        sizes = x.float().abs()
+        wild = sizes.amax(-1) > self.WILD * sizes.mean(-1)
+        if not wild.any():
+            return self._multiply(x, 2)
+        y = x.new_empty(len(x), self.out_features)
+        y[wild], y[~wild] = self._multiply(x[wild], 3), self._multiply(x[~wild], 2)
+        return y
+
+    def _multiply(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        sent, row_scale = small_digits(x, count)
         # -64 to 64 become bytes from 0 to 128.
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        *lower, y = product(sent, 1.0, 64, self.packed).unbind()
+        *lower, y = product(sent, 1.0, HALF, self.packed).unbind()
         for digit in reversed(lower):
             y = digit.add_(y, alpha=BASE)
         return y.mul_(row_scale).to(x.dtype)
@@ -312,20 +343,21 @@ class FbgemmInt8(Packed):
         return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
 
 
-@functools.cache
 def fbgemm_packs() -> bool:
-    """Whether this torch has FBGEMM's int8 product, for this CPU, and it gives the right numbers.
+    """Whether torch multiplies by FBGEMM here, and its int8 product gives the right numbers."""
+    return torch.backends.quantized.engine in ("fbgemm", "x86") and _fbgemm_is_right()
 
-    Torch means to remove the tensors that it is packed from one day, and says so the first time: here.
-    """
-    if torch.backends.quantized.engine not in ("fbgemm", "x86"):
-        return False
-    weight = (torch.arange(64 * 64) * 37 % 256 - 128).to(torch.int8).view(64, 64)
-    x = torch.linspace(-1, 1, 64)[None]
+
+@once
+def _fbgemm_is_right() -> bool:
+    """Torch means to remove the tensors that FBGEMM packs one day, and says so the first time: here."""
+    weight = (torch.arange(64 * 64, device="cpu") * 37 % 256 - 128).to(torch.int8).view(64, 64)
+    x = torch.linspace(-1, 1, 64, dtype=torch.float32, device="cpu")[None]
+    scale = torch.ones(64, dtype=torch.float32, device="cpu")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*quantized tensor creation functions", UserWarning)
-            y = FbgemmInt8(weight, torch.ones(64))(x)
+            y = FbgemmInt8(weight, scale)(x)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return False
     return torch.allclose(y, x @ weight.t().float(), rtol=0, atol=1e-2)
@@ -460,10 +492,10 @@ class FbgemmHalf(Packed):
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.out_features, self.dtype = len(weight), weight.dtype
-        half = weight.half()
-        self.small = (half.to(weight.dtype) != weight).flatten().nonzero().squeeze(1)
+        wide = weight.half().float()
+        self.small = (wide.to(weight.dtype) != weight).flatten().nonzero().squeeze(1)
         self.kept = weight.flatten()[self.small]
-        self.packed = torch.ops.quantized.linear_prepack_fp16(half.float(), None)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(wide, None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
@@ -474,9 +506,15 @@ class FbgemmHalf(Packed):
         return weight
 
 
+def may_pack(weight: torch.Tensor, bits: int) -> bool:
+    """Whether `pack` is asked at all: of large weights on a CPU whose path is torch's."""
+    large = weight.device.type == "cpu" and weight.numel() * 8 // bits >= WORTH_IT
+    return large and choose_path("cpu") == "torch"
+
+
 def pack(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> Packed | None:
     """Bring a packed weight on a CPU into the layout of torch's fastest product, or None if the definition is it."""
-    if weight.device.type != "cpu" or weight.numel() * 8 // bits < WORTH_IT or choose_path("cpu") != "torch":
+    if not may_pack(weight, bits):
         return None
     if bits == 4 and weight.shape[1] % 16 == 0 and int4_block():
         return AtenInt4(weight, scale)
@@ -486,9 +524,14 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> Packed | None:
     return None
 
 
+def may_pack_float(weight: torch.Tensor) -> bool:
+    """The same for a float weight, which "plain" alone leaves as it is."""
+    return weight.device.type == "cpu" and weight.numel() >= WORTH_IT and choose_path("cpu") != "plain"
+
+
 def pack_float(weight: torch.Tensor) -> Packed | None:
-    """The same for a float weight."""
-    if weight.device.type != "cpu" or weight.numel() < WORTH_IT or choose_path("cpu") == "plain":
+    """Bring a float weight on a CPU into the layout of torch's fastest product, or None if there is no faster one."""
+    if not may_pack_float(weight):
         return None
     if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16()):
         return OneDnnFloat(weight)

@@ -144,6 +144,17 @@ def test_weights_loaded_into_a_used_model_replace_the_old_ones(packed_model, fam
     assert torch.equal(logits(used(packed_model), prompt(family)), logits(used(other), prompt(family)))
 
 
+def test_a_used_layer_that_is_filled_anew_multiplies_the_new_weight():
+    layer = QuantizedLinear(64, 32, 8).eval()
+    x = torch.randn(2, 64)
+    for seed in range(2):
+        new = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
+        layer.fill(new)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), x @ new.T, rtol=0.05, atol=0.5)
+        assert layer.packed is not None
+
+
 def test_gradients_reach_the_input_of_a_used_model(packed_model, family, expected):
     embeddings = packed_model.get_input_embeddings()(prompt(family)).detach().requires_grad_()
     extra = {"position_ids": torch.zeros(1, 2, 9, dtype=torch.long)} if family == CHATGLM else {}

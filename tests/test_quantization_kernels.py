@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -143,7 +147,29 @@ def test_small_digits_are_the_numbers(count):
 
 
 @has_fbgemm
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("times", [100, 10000])
+def test_a_very_large_channel_leaves_the_others_their_precision(times, rows):
+    """The channel's own weights are 0, so the product is what the others add up to."""
+    weight, scale = packed_weight(64, 4096, 8)
+    weight[:, 7] = 0
+    x = random(rows, 4096, seed=2)
+    x[::2, 7] = times
+    assert error(FbgemmInt8(weight, scale)(x), expected(x, weight, scale, 8)) < 4e-3
+
+
+@has_fbgemm
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_the_dtype_that_torch_makes_by_default_changes_nothing(dtype):
+    code = (
+        "import torch; torch.set_default_dtype(torch.{dtype}); from chatglm.hub import quantization_kernels as kernels;"
+        "assert kernels.fbgemm_packs() and kernels.POWERS.dtype == torch.float32"
+    )
+    subprocess.run([sys.executable, "-c", code.format(dtype=dtype)], check=True, timeout=300)
+
+
+@has_fbgemm
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_number_that_is_none_spoils_its_row_alone(value):
     weight, scale = packed_weight(64, 256, 8)
     x = random(2, 256)
@@ -396,6 +422,21 @@ def test_a_float_layer_equals_torchs_own(dtype):
     x = random(5, 100).to(dtype)
     with torch.no_grad():
         assert error(layer(x), F.linear(x, layer.weight, layer.bias).double()) < 2 * EXACT[dtype]
+
+
+def test_threads_that_ask_at_once_wait_for_one_answer():
+    """Compiling, which one of the answers may need, is not done twice."""
+    asked = []
+
+    @kernels.once
+    def answer(question: str) -> str:
+        asked.append(question)
+        time.sleep(0.05)
+        return question.upper()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, ["a"] * 4)) == ["A"] * 4
+    assert asked == ["a"]
 
 
 def test_kinds_exist_for_this_machine():
