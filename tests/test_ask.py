@@ -114,7 +114,7 @@ def test_an_error_ends_with_one_sentence_and_status_1(stub: Stub, ask):
     stub.reply = error(429, "full", Retry_After="7")
     for arguments in (["hi"], ["hi", "--json"]):
         status, out, err = ask(*arguments)
-        assert (status, out.strip()) == (1, "")
+        assert (status, out) == (1, "")
         assert err == f"chatglm: The server at {stub.url}/v1 is busy (429); ask again in 7 seconds.\n"
 
 
@@ -122,6 +122,22 @@ def test_what_came_before_the_server_died_is_printed(stub: Stub, ask):
     stub.reply = raw_stream([event(delta("half"))], broken=True)
     status, out, err = ask("hi")
     assert (status, out) == (1, "half\n")
+    assert err.count("\n") == 1
+
+
+def test_an_empty_answer_is_an_empty_line(stub: Stub, ask):
+    stub.reply = stub_server.stream("")
+    assert ask("hi") == (0, "\n", "")
+
+
+def test_an_output_that_cannot_hold_the_answer_is_told_with_a_way_out(
+    stub: Stub, ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    stub.reply = stub_server.stream("你好")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    status, _, err = ask("hi")
+    assert (status, sys.stdout.buffer.getvalue()) == (1, b"")
+    assert err.startswith("chatglm: The output is latin-1, which has no '你'; set PYTHONIOENCODING=utf-8")
     assert err.count("\n") == 1
 
 

@@ -137,6 +137,48 @@ def test_every_option_of_chat_is_parsed():
     }
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a reader that leaves is told otherwise on Windows")
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--help"], ["info", "nothing"]], ids=" ".join)
+def test_a_reader_that_has_left_ends_every_command_quietly(arguments: list[str]):
+    there, here = os.pipe()
+    os.close(there)
+    streams = {"stdout": here, "stderr": subprocess.PIPE}
+    if "nothing" in arguments:
+        streams = {"stdout": subprocess.PIPE, "stderr": here}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment["PYTHONUNBUFFERED"] = ""  # else argparse itself passes over it, with status 0
+    result = subprocess.run([sys.executable, "-m", "chatglm", *arguments], env=environment, **streams)
+    os.close(here)
+    assert result.returncode == 141
+    assert not result.stdout
+    assert not result.stderr
+
+
+def test_a_place_that_may_not_be_read_is_told_with_a_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    import chatglm.cli.info
+
+    def refuse(arguments: argparse.Namespace) -> None:
+        raise PermissionError(13, "Permission denied", "/mine/config.json")
+
+    monkeypatch.setattr(chatglm.cli.info, "run", refuse)
+    assert main(["info"]) == 1
+    expected = "Permission denied: /mine/config.json; choose another place, or change its permissions."
+    assert capsys.readouterr().err == f"chatglm: {expected}\n"
+
+
+def test_ctrl_c_while_a_command_is_imported_leaves_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chatglm.cli.importlib.import_module", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "\n"
+
+
 def test_ctrl_c_while_loading_leaves_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -473,7 +473,7 @@ class Refusing(Echo):
 
 def test_in_a_terminal_a_refused_message_is_told_and_the_talk_goes_on(capsys: pytest.CaptureFixture[str]):
     converse(talk_with(Refusing()), ["bad", "good"], SCREEN, keep_going=True)
-    assert capsys.readouterr() == ("\ngood\n", "The query is bad; write another.\n")
+    assert capsys.readouterr() == ("good\n", "The query is bad; write another.\n")
     with pytest.raises(ValueError, match="bad"):
         converse(talk_with(Refusing()), ["bad", "good"], SCREEN)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from chatglm import __version__
+from chatglm.cli.errors import EXPECTED, in_words
 
 COMMANDS = {
     "ask": "answer one question, for scripts and pipes",
@@ -34,12 +36,27 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser(argv).parse_args(argv)
     try:
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            if sys.stdout is not None:  # closed by the shell: >&-
+                sys.stdout.flush()  # here, where a reader that has left can be met
+    except BrokenPipeError:
+        # A reader that has seen enough, such as `head -1`, ends the program without a word. Python flushes the
+        # output once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # what shells report of a program that SIGPIPE ended
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        arguments = _parser(argv).parse_args(argv)
         return arguments.run(arguments) or 0
-    except (OSError, ValueError, MemoryError) as error:
-        print(f"chatglm: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except EXPECTED as error:
+        print(f"chatglm: {in_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 
 from chatglm.cli.backends import add_backend_options, open_backend
 from chatglm.cli.conversation import Conversation
-from chatglm.cli.terminal import is_terminal, open_screen, piped_text, quiet_pipe
+from chatglm.cli.terminal import is_terminal, open_screen, piped_text
 from chatglm.find import MODEL_HELP
 
 EPILOG = """
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     question = read_question(" ".join(arguments.question))
-    with quiet_pipe(), closing(open_backend(arguments)) as backend:
+    with closing(open_backend(arguments)) as backend:
         conversation = Conversation(backend)
         conversation.set_system(arguments.system)
         if arguments.json:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from chatglm.cli.backends import add_backend_options, open_backend
 from chatglm.cli.conversation import Conversation
-from chatglm.cli.terminal import Screen, is_terminal, open_screen, piped_messages, quiet_pipe, typed_messages
+from chatglm.cli.errors import EXPECTED, in_words
+from chatglm.cli.terminal import Screen, is_terminal, open_screen, piped_messages, typed_messages
 from chatglm.find import MODEL_HELP
 
 BANNER = "/help lists the commands; Ctrl-C stops an answer, stop or Ctrl-D leaves."
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     screen = open_screen(interactive, plain=arguments.plain or not interactive)
     if interactive and not arguments.url:
         screen.tell(f"Loading {arguments.model or 'demo'} ...")
-    with quiet_pipe(), closing(open_backend(arguments)) as backend:
+    with closing(open_backend(arguments)) as backend:
         conversation = Conversation(backend)
         conversation.set_system(arguments.system)
         if interactive:
@@ -63,10 +64,10 @@ def converse(
         except KeyboardInterrupt:
             if not keep_going:
                 raise
-        except (OSError, ValueError, MemoryError) as error:
+        except EXPECTED as error:
             if not keep_going or isinstance(error, BrokenPipeError):
                 raise
-            screen.tell(str(error))
+            screen.tell(in_words(error))
 
 
 def take(conversation: Conversation, message: str, screen: Screen) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from chatglm.cli.conversation import LARGEST_MESSAGE
@@ -65,11 +64,15 @@ class PlainScreen:
 
     def show(self, pieces: Iterable[str]) -> None:
         print(f"{NAME} " if self.interactive else "", end="", flush=True)
+        begun = self.interactive
         try:
             for text in pieces:
                 print(printable(text), end="", flush=True)
+                begun = begun or text != ""
+            begun = True  # an empty answer is a line too
         finally:
-            print(flush=True)
+            if begun:
+                print(flush=True)
 
     def tell(self, sentence: str) -> None:
         """In a pipe answers stay alone: sentences go to the errors."""
@@ -156,14 +159,3 @@ def _read(method: str) -> str:
             f"The standard input has more than {LARGEST_MESSAGE:,} characters in one message; no model reads so much."
         )
     return text
-
-
-@contextmanager
-def quiet_pipe() -> Iterator[None]:
-    """A reader that has seen enough, such as `head -1`, ends the program without a word."""
-    try:
-        yield
-    except BrokenPipeError:
-        # Python flushes the output once more at its end, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None  # what shells report of a program that SIGPIPE ended
