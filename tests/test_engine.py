@@ -17,7 +17,7 @@ from conversations import Conversation, computed_tokens
 from chatglm.engine.answer import Answer
 from chatglm.engine.engine import Engine, common_length
 from chatglm.engine.guide import JSON_OBJECT
-from chatglm.engine.request import EngineClosed, QueueFull, Request
+from chatglm.engine.request import EngineClosed, QueueFull, Request, SchemaTooComplex
 
 QUERIES = ["你好", "12+30=?", "What is the capital of France?", "谢谢", "Who are you?", "写一段代码"]
 TIMEOUT = 60  # seconds after which a test that waits for the engine has failed
@@ -426,6 +426,20 @@ def test_a_schema_that_cannot_be_followed_is_refused(
     engine = start(*demo)
     with pytest.raises(ValueError, match="JSON schema"):
         engine.submit(Request(demo[1].encode_chat("Who are you?"), schema=schema))
+
+
+def test_a_schema_that_fails_says_so_without_what_it_holds(
+    demo: tuple[Any, Any], start: Callable[..., Engine]
+) -> None:
+    pytest.importorskip("llguidance", reason="JSON answers need llguidance")
+    engine, prompt = start(*demo), demo[1].encode_chat("Who are you?")
+    with pytest.raises(SchemaTooComplex, match="NoExtensionBias"):
+        engine.submit(Request(prompt, schema='{"$ref": "#"}'))
+    pattern = {"type": "string", "pattern": "^(a?){5000}a{5000}$"}
+    answer = engine.submit(Request(prompt, schema=json.dumps(pattern)))
+    read(answer)
+    assert answer.finish_reason == "error" and isinstance(answer.error, SchemaTooComplex)
+    assert "LexerTooComplex" in str(answer.error) and "5000" not in str(answer.error)
 
 
 def test_embeddings_are_the_mean_of_the_last_hidden_states(

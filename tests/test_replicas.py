@@ -33,7 +33,7 @@ from chatglm.engine.cluster import Cluster, Scale
 from chatglm.engine.engine import Facts
 from chatglm.engine.replica import Part
 from chatglm.engine.replicas import ATTEMPTS, ReplicaEngine
-from chatglm.engine.request import EngineClosed, QueueFull, Request
+from chatglm.engine.request import EngineClosed, QueueFull, Request, SchemaTooComplex
 
 # Ray's own, at the import of its modules and in the process that uses it.
 pytestmark = [
@@ -208,6 +208,32 @@ def test_what_goes_wrong_in_a_copy_is_told(engine_of):
     assert list(answer) == []
     assert answer.finish_reason == "error" and "no number" in str(answer.error)
     assert len(copies.asked) == 1  # it would go wrong elsewhere too
+
+
+def test_a_schema_that_a_copy_could_not_follow_is_the_fault_of_the_request(engine_of):
+    engine, copies = engine_of([Part(finish_reason="error", error="too complex", schema_failed=True)])
+    answer = engine.submit(Request([5], schema='{"$ref": "#"}'))
+    assert list(answer) == []
+    assert isinstance(answer.error, SchemaTooComplex) and str(answer.error) == "too complex"
+    assert len(copies.asked) == 1
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"type": "string", "pattern": "^(a?){5000}a{5000}$"}])
+def test_a_copy_tells_of_a_schema_that_it_could_not_follow(schema):
+    import chatglm
+    from chatglm.engine.engine import Engine
+    from chatglm.engine.replica import Replica
+
+    async def last_part() -> Part:
+        asked = Request(replica.engine.tokenizer.encode_chat("hello"), schema=json.dumps(schema))
+        return [part async for part in replica.answer(asked)][-1]
+
+    replica = Replica.__new__(Replica)  # without a process of its own
+    replica.engine = Engine(*chatglm.load("demo", device="cpu"))
+    part = asyncio.run(last_part())
+    replica.engine.close()
+    assert (part.finish_reason, part.schema_failed) == ("error", True)
+    assert part.error.startswith("The JSON schema is")
 
 
 def test_whoever_cancels_ends_the_work_of_the_copy(engine_of):

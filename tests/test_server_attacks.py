@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -196,6 +197,27 @@ def test_a_header_of_1_mb_is_refused(server: LiveServer, name):
     assert not answer or head(answer)[0] == 400
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/health", "X-Long: " + "a" * 32_000, 200),
+        ("/health", "X-Long: " + "a" * 40_000, 400),
+        ("/health", "\r\n".join(f"X-{i}: a" for i in range(5000)), 400),
+        ("/health?" + "a" * 40_000, "X: a", 400),
+        ("/" + "a" * 40_000, "X: a", 400),
+    ],
+    ids=["below", "long", "many", "query", "path"],
+)
+def test_headers_beyond_the_bound_are_refused_also_where_they_arrive_in_one_piece(
+    server: LiveServer, path, headers, status
+):
+    lines = f"GET {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", headers
+    answer = server.raw("\r\n".join(lines).encode() + b"\r\n\r\n")
+    assert int(answer.split()[1]) == status
+    if status == 400:
+        assert head(answer)[1]["message"].endswith("more than 32,768 bytes; send less.")
+
+
 def test_a_path_of_1_mb_is_refused(server: LiveServer):
     try:
         answer = server.raw(b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\n\r\n")
@@ -293,6 +315,61 @@ def test_a_context_full_of_text_is_refused_before_the_model_sees_it(server: Live
     assert refused(server.chat("字" * 30_000), 400)["code"] == "context_length_exceeded"
     assert refused(server.post("/", {"prompt": "字" * 30_000}), 400)["code"] == "context_length_exceeded"
     assert server.model.engine.statistics().prompt_tokens == before
+
+
+# ---- JSON schemas that are taken for sound, and turn out not to be
+
+ENDLESS = {"$ref": "#"}
+TOO_COMPLEX = {"type": "string", "pattern": "^(a?){5000}a{5000}$"}
+
+
+def with_schema(schema: dict) -> dict:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}}
+
+
+@pytest.fixture
+def logged(caplog):
+    """What the log of the server holds."""
+    caplog.set_level("DEBUG", "chatglm.server")
+    return lambda: caplog.text
+
+
+@pytest.mark.parametrize(("schema", "kind"), [(ENDLESS, "NoExtensionBias"), (TOO_COMPLEX, "LexerTooComplex")])
+def test_a_schema_that_cannot_be_followed_is_the_fault_of_who_sent_it(
+    server: LiveServer, schema, kind, logged, capfd
+):
+    pytest.importorskip("llguidance")
+    error = refused(server.chat("secret question", n=2, **with_schema(schema)), 400)
+    assert error["param"] == "response_format.json_schema.schema"
+    assert kind in error["message"] and error["message"].endswith("simplify it.")
+    told = error["message"] + logged() + capfd.readouterr().err
+    for secret in ("$ref", "pattern", "5000", "secret", "Traceback", "Tokens:"):
+        assert secret not in told
+
+
+def test_a_schema_that_is_endless_is_refused_before_the_stream_begins(server: LiveServer):
+    pytest.importorskip("llguidance")
+    refused(server.chat("hello", stream=True, **with_schema(ENDLESS)), 400)
+
+
+def test_a_stream_whose_schema_becomes_too_complex_says_so_and_ends(server: LiveServer, logged):
+    pytest.importorskip("llguidance")
+    body = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]} | with_schema(TOO_COMPLEX)
+    *_, last = server.chunks(CHAT, body)
+    assert (last["error"]["type"], last["error"]["code"]) == ("invalid_request_error", "invalid_value")
+    assert "LexerTooComplex" in last["error"]["message"]
+    assert "Traceback" not in logged()
+
+
+def test_a_schema_that_fails_leaves_the_answers_beside_it_alone(server: LiveServer):
+    pytest.importorskip("llguidance")
+    alone = server.chat("hello", max_tokens=20).json()["choices"][0]["message"]
+    with ThreadPoolExecutor(9) as pool:
+        beside = [pool.submit(server.chat, "hello", max_tokens=20) for _ in range(5)]
+        schemas = [with_schema(schema) for schema in (ENDLESS, TOO_COMPLEX)] * 2
+        failing = [pool.submit(server.chat, "hello", **schema) for schema in schemas]
+        assert {future.result().status_code for future in failing} == {400}
+        assert all(future.result().json()["choices"][0]["message"] == alone for future in beside)
 
 
 # ---- bytes that are no request

@@ -115,10 +115,35 @@ def test_a_full_queue_is_refused_with_429_and_when_to_come_again():
         assert server.chat("hello").status_code == 200
 
 
-def test_n_answers_that_do_not_all_fit_leave_none_behind():
-    with live_server(Settings(max_batch=1, max_queue=1)) as server:
-        assert server.chat("hello", n=4, **ENDLESS).status_code == 429
+def test_answers_that_do_not_all_fit_beside_those_of_others_leave_none_behind():
+    with live_server(Settings(max_batch=1, max_queue=3)) as server:
+        connection = stream_socket(server, stream=True, **ENDLESS)
+        wait_until(lambda: server.model.engine.statistics().running == 1)
+        response = server.chat("hello", n=4, **ENDLESS)
+        assert response.status_code == 429
+        assert "no room for 4 more, as 0 requests are waiting" in response.json()["error"]["message"]
+        assert server.waiting() == 0
+        connection.close()
         wait_until(server.idle)
+        assert server.chat("hello", n=4, max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "hello"}], "n": 4}, "n"),
+        ("/v1/completions", {"prompt": "hello", "n": 4}, "n"),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}, "prompt"),
+        ("/v1/completions", {"prompt": ["a"] * 4}, "prompt"),
+    ],
+)
+def test_more_answers_than_there_is_ever_room_for_are_no_matter_of_waiting(path, fields, param):
+    with live_server(Settings(max_batch=1, max_queue=2)) as server:
+        response = server.post(path, {"model": "demo"} | fields)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == (param, "invalid_value")
+        assert error["message"] == f"{param} asks for 4 answers; at most 3 are possible at once."
 
 
 def test_many_chats_at_once_get_the_answers_they_get_alone():
@@ -254,7 +279,7 @@ def test_a_client_that_takes_nothing_is_given_up():
 
 def test_a_failure_tells_the_client_nothing_and_the_log_everything(monkeypatch, caplog):
     with live_server() as server:
-        monkeypatch.setattr(type(server.model.engine), "submit", lambda *_: 1 / 0)
+        monkeypatch.setattr(type(server.model.engine), "submit_all", lambda *_: 1 / 0)
         with caplog.at_level(logging.ERROR, "chatglm.server"):
             response = server.chat("hello")
         assert response.status_code == 500

@@ -12,7 +12,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class ScriptedEngine:
     """Stands in for the engine: answers known questions word for word, token by token, and echoes all others."""
 
     context = 2048
+    places = 72
 
     def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
         self.tokenizer = tokenizer
@@ -51,7 +52,10 @@ class ScriptedEngine:
         self.seconds_per_token = 0.0
         self._resumed = threading.Event()
 
-    def submit(self, request: Request) -> Answer:
+    def submit_all(self, requests: Sequence[Request]) -> list[Answer]:
+        return [self._submit(request) for request in requests]
+
+    def _submit(self, request: Request) -> Answer:
         from chatglm.engine.answer import GeneratedAnswer
 
         answer = GeneratedAnswer(request, self.tokenizer, wake=lambda: None)

@@ -153,6 +153,11 @@ class Engine:
         )
 
     @property
+    def places(self) -> int:
+        """Requests that there can be at the same time, running and waiting."""
+        return len(self._rows) + self.max_queue
+
+    @property
     def closed(self) -> bool:
         """Whether it takes no more requests."""
         return self._closing
@@ -162,19 +167,22 @@ class Engine:
 
         Raises ValueError for what cannot be answered, QueueFull, and EngineClosed.
         """
-        self._check(request)
-        answer = GeneratedAnswer(request, self.tokenizer, self._wake)
-        answer.guide = self._guide(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Answer]:
+        """Queue all of these requests or, with the errors of `submit`, none."""
+        answers = [self._new_answer(request) for request in requests]
         with self._changed:
             if self._closing:
                 raise EngineClosed
             free = sum(row.job is None for row in self._rows)
-            if len(self._waiting) >= self.max_queue + free:
+            if len(self._waiting) + len(answers) > self.max_queue + free:
                 turns = 1 + len(self._waiting) // len(self._rows)
-                raise QueueFull(len(self._waiting), min(60, max(1, round(turns * self._seconds))))
-            self._waiting.append(answer)
+                retry_after = min(60, max(1, round(turns * self._seconds)))
+                raise QueueFull(len(answers), len(self._waiting), retry_after)
+            self._waiting += answers
             self._changed.notify_all()
-        return answer
+        return list(answers)
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Future:
         """Mean of the last hidden states over the tokens of each prompt: a future of [[float] * hidden_size]."""
@@ -185,7 +193,7 @@ class Engine:
             if self._closing:
                 raise EngineClosed
             if len(self._embeddings) >= max(1, self.max_queue):
-                raise QueueFull(len(self._embeddings), 1)
+                raise QueueFull(1, len(self._embeddings), 1)
             self._embeddings.append(work)
             self._changed.notify_all()
         return work.future
@@ -206,6 +214,12 @@ class Engine:
             self._stopped = True
             self._changed.notify_all()
         self._thread.join()
+
+    def _new_answer(self, request: Request) -> GeneratedAnswer:
+        self._check(request)
+        answer = GeneratedAnswer(request, self.tokenizer, self._wake)
+        answer.guide = self._guide(request)
+        return answer
 
     def _guide(self, request: Request) -> JsonGuide | None:
         """What keeps the answer to its schema; made in the thread of whoever asks, as it takes its time."""

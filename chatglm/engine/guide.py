@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from chatglm.engine.request import SchemaTooComplex
 
 try:
     import llguidance
@@ -46,31 +49,43 @@ class JsonGuides:
         self._vocabulary = llguidance.LLTokenizer(_Vocabulary(tokenizer, end_tokens), eos_token=end_tokens)
 
     def new(self, schema: str) -> JsonGuide:
-        """A guide for one answer."""
-        return JsonGuide(llguidance.LLMatcher(self._vocabulary, grammar_of(schema)))
+        """A guide for one answer; SchemaTooComplex where it cannot even begin."""
+        return JsonGuide(llguidance.LLMatcher(self._vocabulary, grammar_of(schema), log_level=0))
 
 
 class JsonGuide:
-    """Follows one answer and tells which tokens keep it the beginning of what its schema describes."""
+    """Follows one answer and tells which tokens keep it the beginning of what its schema describes.
+
+    What may come next is found out ahead, so that a schema fails alone, and not amid the rows of a step.
+    """
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
+        self._next = self._bits()
 
     def allowed(self, size: int) -> torch.Tensor:
         """Booleans [size], True for the token ids that may come next."""
-        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        if self._matcher.is_error():
-            raise ValueError(f"JSON cannot go on here ({self._matcher.get_error()[:200]}); ask without JSON.")
         places = torch.arange(8, dtype=torch.uint8)
-        known = (bits[:, None] >> places & 1).bool().flatten()[:size]  # the lowest bit is the first token
+        known = (
+            (self._next[:, None] >> places & 1).bool().flatten()[:size]
+        )  # the lowest bit is the first token
         return torch.nn.functional.pad(known, (0, size - len(known)))
 
     def took(self, token: int) -> None:
-        """Go on with the token that was chosen."""
-        if not self._matcher.consume_token(token):
-            raise ValueError(
-                f"Token {token} does not go on as JSON ({self._matcher.get_error()}); ask without JSON."
+        """Go on with the token that was chosen; SchemaTooComplex where that is not possible."""
+        self._matcher.consume_token(token)
+        self._next = self._bits()
+
+    def _bits(self) -> torch.Tensor:
+        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        if self._matcher.is_error():
+            # The rest of the error repeats the schema and the answer so far, which are nobody else's business.
+            kind = re.findall(r"^Stop: (\w+)$", self._matcher.get_error(), re.MULTILINE)
+            reason = f" ({kind[-1]})" if kind else ""
+            raise SchemaTooComplex(
+                f"The JSON schema is endless or too complex to follow{reason}; simplify it."
             )
+        return bits
 
 
 class _Vocabulary:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from chatglm.engine.answer import Piece
+from chatglm.engine.answer import Answer, Piece
 from chatglm.engine.engine import Engine, Facts
-from chatglm.engine.request import EngineClosed, Request
+from chatglm.engine.request import EngineClosed, Request, SchemaTooComplex
 from chatglm.loading import load
 
 GATHER = 0.02  # seconds: what is said in them travels together, as every message costs about a millisecond
@@ -26,6 +26,7 @@ class Part:
     cached_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None  # what happened, where finish_reason is "error"
+    schema_failed: bool = False  # it is the sentence of a SchemaTooComplex
 
 
 class Replica:
@@ -44,14 +45,17 @@ class Replica:
 
     async def answer(self, request: Request) -> AsyncIterator[Part]:
         """The answer in parts; whoever stops listening ends it."""
-        answer = await asyncio.to_thread(self.engine.submit, request)
+        try:
+            answer = await asyncio.to_thread(self.engine.submit, request)
+        except SchemaTooComplex as error:
+            yield Part(finish_reason="error", error=str(error), schema_failed=True)
+            return
         try:
             yield Part()
             async for pieces in answer.gathered():
                 yield Part(pieces, answer.completion_tokens, answer.cached_tokens)
                 await asyncio.sleep(GATHER)
-            error = None if answer.error is None else f"{type(answer.error).__name__}: {answer.error}"
-            yield Part([], answer.completion_tokens, answer.cached_tokens, answer.finish_reason, error)
+            yield _last_part(answer)
         finally:
             answer.cancel()
 
@@ -63,3 +67,9 @@ class Replica:
         """Ray asks every few seconds, and replaces a replica that raises."""
         if self.engine.closed:
             raise EngineClosed
+
+
+def _last_part(answer: Answer) -> Part:
+    error, schema_failed = answer.error, isinstance(answer.error, SchemaTooComplex)
+    told = None if error is None else str(error) if schema_failed else f"{type(error).__name__}: {error}"
+    return Part([], answer.completion_tokens, answer.cached_tokens, answer.finish_reason, told, schema_failed)

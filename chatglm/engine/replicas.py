@@ -25,7 +25,7 @@ from chatglm.engine.cluster import Cluster, Scale
 from chatglm.engine.engine import Facts, Statistics
 from chatglm.engine.guide import grammar_of
 from chatglm.engine.replica import Part
-from chatglm.engine.request import EngineClosed, QueueFull, Request, check_request
+from chatglm.engine.request import EngineClosed, QueueFull, Request, SchemaTooComplex, check_request
 from chatglm.hub.positions_chatglm import check_prompt
 from chatglm.hub.tokenization_chatglm import CHATGLM
 
@@ -95,7 +95,7 @@ class ReplicaEngine:
         context: int | None = None,
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self._places, self._max_queue = scale.most * max_batch, max_queue
+        self._rows, self._max_queue = scale.most * max_batch, max_queue
         self._cluster = Cluster(scale)
         try:
             resources = self._cluster.resources_of_one(str(loading.get("device") or ""))
@@ -116,16 +116,23 @@ class ReplicaEngine:
         threading.Thread(target=self._loop.run_forever, name="chatglm-replicas", daemon=True).start()
 
     def submit(self, request: Request) -> Answer:
-        """As Engine.submit."""
-        self._check(request)
-        if request.seed is None:  # so that another copy would give the same answer
-            request = replace(request, seed=secrets.randbits(63))
-        answer = RemoteAnswer(request, lambda: self._call(self._cancel, answer))
+        """As Engine.submit, but a schema may prove too complex in the answer only."""
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Answer]:
+        """As Engine.submit_all."""
+        answers = [self._new_answer(request) for request in requests]
         with self._changed:
-            self._admit(len(self._open) - self._places)
-            self._open.add(answer)
-        self._call(self._begin, answer)
-        return answer
+            self._admit(len(answers))
+            self._open.update(answers)
+        for answer in answers:
+            self._call(self._begin, answer)
+        return list(answers)
+
+    @property
+    def places(self) -> int:
+        """As Engine.places."""
+        return self._rows + self._max_queue
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Future:
         """As Engine.embed."""
@@ -133,7 +140,7 @@ class ReplicaEngine:
         for prompt in listed:
             self._check(Request(prompt))
         with self._changed:
-            self._admit(len(self._open) - self._places)
+            self._admit(1)
 
         async def ask() -> list[list[float]]:
             return await self._handle.embed.remote(listed)
@@ -158,6 +165,13 @@ class ReplicaEngine:
             self._changed.wait_for(lambda: not self._open, LAST_SECONDS)
         self._cluster.close()
 
+    def _new_answer(self, request: Request) -> RemoteAnswer:
+        self._check(request)
+        if request.seed is None:  # so that another copy would give the same answer
+            request = replace(request, seed=secrets.randbits(63))
+        answer = RemoteAnswer(request, lambda: self._call(self._cancel, answer))
+        return answer
+
     def _check(self, request: Request) -> None:
         check_request(request, self.context, self.config.vocab_size)
         if request.schema is not None:
@@ -165,12 +179,13 @@ class ReplicaEngine:
         if self.config.family == CHATGLM:
             check_prompt(torch.tensor([request.prompt]), self.config)
 
-    def _admit(self, waiting: int) -> None:
+    def _admit(self, asked: int) -> None:
         if self._closing:
             raise EngineClosed
-        if waiting >= self._max_queue:
-            turns = 1 + waiting // self._places
-            raise QueueFull(waiting, min(60, max(1, round(turns * self._seconds))))
+        if len(self._open) + asked > self.places:
+            waiting = max(0, len(self._open) - self._rows)
+            turns = 1 + waiting // self._rows
+            raise QueueFull(asked, waiting, min(60, max(1, round(turns * self._seconds))))
 
     def _call(self, function: Callable[[RemoteAnswer], None], answer: RemoteAnswer) -> None:
         self._loop.call_soon_threadsafe(function, answer)
@@ -199,7 +214,7 @@ class ReplicaEngine:
                     if reason == "cancelled":
                         raise EngineClosed  # not by us: the copy is being taken away
                     if reason == "error":
-                        raise RuntimeError(part.error)
+                        raise (SchemaTooComplex if part.schema_failed else RuntimeError)(part.error)
             except BaseException:
                 parts.cancel()
                 raise

@@ -31,11 +31,24 @@ class Request:
     clean: bool = True  # tidy the text as `chat` does; False: as it was generated
 
 
-class QueueFull(RuntimeError):
-    """As many requests wait as may; `retry_after` is a guess in seconds when there will be room."""
+class SchemaTooComplex(ValueError):
+    """A JSON schema that turned out, at the first token or in the middle of an answer, not to be followed.
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} seconds.")
+    Its sentence holds nothing of the schema and the answer: it may stand in a log.
+    """
+
+
+class QueueFull(RuntimeError):
+    """No more requests may wait; `retry_after` is a guess in seconds when there will be room.
+
+    `waiting` are those of others, beside which there is no room for the `asked` ones.
+    """
+
+    def __init__(self, asked: int, waiting: int, retry_after: int) -> None:
+        super().__init__(
+            f"There is no room for {asked} more, as {waiting} requests are waiting already; "
+            f"try again in {retry_after} seconds."
+        )
         self.retry_after = retry_after
 
 

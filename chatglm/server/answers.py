@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from chatglm.server.errors import INTERNAL, ApiError
+from chatglm.engine.request import SchemaTooComplex
+from chatglm.server.errors import ApiError, failure
 from chatglm.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ class Running:
 
     def _ended(self, answer: Answer) -> None:
         self.metrics.answered(answer)
-        if answer.finish_reason == "error":
+        if isinstance(answer.error, SchemaTooComplex):
+            logger.info("An answer was given up: %s", answer.error)
+        elif answer.finish_reason == "error":
             logger.error("An answer failed.", exc_info=answer.error)
 
     async def all_pieces(self, receive: Receive) -> list[list[Piece]]:
@@ -75,8 +78,9 @@ class Running:
                     found[item[0]].append(item[1])
         if gone.is_set():
             raise client_gone()
-        if any(answer.finish_reason == "error" for answer in self.answers):
-            raise ApiError(500, INTERNAL, code="internal_error")
+        for answer in self.answers:
+            if answer.finish_reason == "error":
+                raise failure(answer.error)
         return found
 
 

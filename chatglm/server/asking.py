@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatglm.engine.guide import JSON_OBJECT, grammar_of
-from chatglm.engine.request import EngineClosed, QueueFull, Request
-from chatglm.server.errors import ApiError, shown
+from chatglm.engine.request import EngineClosed, QueueFull, Request, SchemaTooComplex
+from chatglm.server.errors import SCHEMA, ApiError, failure, shown
 from chatglm.server.model import Model
 from chatglm.server.schemas import (
     ChatRequest,
@@ -31,6 +31,7 @@ RETRY_AFTER = 5  # seconds, where there is nothing to reckon it from
 def ask_chat(body: ChatRequest, model: Model, settings: Settings) -> list[Answer]:
     """Starts the answers of /v1/chat/completions; it encodes, so it belongs into a thread."""
     check_sampling(body, model, settings)
+    check_places("n", body.n or 1, model)
     at_most("messages", len(body.messages), settings.max_messages, "messages")
     at_most("top_logprobs", body.top_logprobs, settings.max_top_logprobs)
     prompt = encoded("messages", model.chat_prompt, body.messages)
@@ -52,12 +53,11 @@ def schema_of(asked: ResponseFormat | None, settings: Settings) -> str | None:
     if asked.type == "json_object":
         return JSON_OBJECT
     schema = json.dumps(asked.json_schema.content, ensure_ascii=False)
-    name = "response_format.json_schema.schema"
-    at_most(name, len(schema), settings.max_schema_length, "characters")
+    at_most(SCHEMA, len(schema), settings.max_schema_length, "characters")
     try:
         grammar_of(schema)
     except ValueError as error:
-        raise ApiError(400, str(error), name, "invalid_value") from None
+        raise ApiError(400, str(error), SCHEMA, "invalid_value") from None
     return schema
 
 
@@ -66,6 +66,7 @@ def ask_completions(body: CompletionRequest, model: Model, settings: Settings) -
     check_sampling(body, model, settings)
     at_most("logprobs", body.logprobs, settings.max_top_logprobs)
     prompts = token_lists("prompt", body.prompt, model, settings.max_prompts)
+    check_places("prompt" if len(prompts) > 1 else "n", len(prompts) * (body.n or 1), model)
     asked: list[Request] = []
     for prompt in prompts:
         request = request_for(body, prompt, model, settings, body.max_tokens or COMPLETION_TOKENS, "prompt")
@@ -114,6 +115,13 @@ def check_sampling(body: Sampling, model: Model, settings: Settings) -> None:
     longest = max(map(len, body.stop_strings), default=0)
     at_most("stop", longest, settings.max_stop_length, "characters in one string")
     at_most("logit_bias", len(body.logit_bias or {}), settings.max_logit_bias, "tokens")
+
+
+def check_places(name: str, answers: int, model: Model) -> None:
+    """Raises ApiError for more answers than there is ever room for; what others take of it is told later."""
+    if answers > model.engine.places:
+        message = f"{name} asks for {answers} answers; at most {model.engine.places} are possible at once."
+        raise ApiError(400, message, name, "invalid_value")
 
 
 def at_most(name: str, value: int | None, bound: int, what: str = "") -> None:
@@ -199,18 +207,13 @@ def choices(request: Request, n: int | None) -> list[Request]:
 
 def submit(requests: Sequence[Request], model: Model, name: str) -> list[Answer]:
     """Gives all requests to the engine, or none of them; raises ApiError for what it refuses."""
-    answers: list[Answer] = []
     try:
-        for request in requests:
-            answers.append(model.engine.submit(request))
-    except BaseException as error:
-        for answer in answers:
-            answer.cancel()
+        return model.engine.submit_all(requests)
+    except Exception as error:
         refused = refusal_of(error, name)
         if refused is None:
             raise
         raise refused from None
-    return answers
 
 
 def refusal_of(error: BaseException, name: str) -> ApiError | None:
@@ -220,6 +223,8 @@ def refusal_of(error: BaseException, name: str) -> ApiError | None:
         return ApiError(429, str(error), code="queue_full", headers=retry)
     if isinstance(error, EngineClosed):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": str(RETRY_AFTER)})
+    if isinstance(error, SchemaTooComplex):
+        return failure(error)
     if isinstance(error, ValueError):
         first = str(error).split(maxsplit=1)[0]
         return ApiError(400, str(error), first if first in Sampling.model_fields else name, "invalid_value")

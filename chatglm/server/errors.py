@@ -12,10 +12,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from chatglm.engine.request import SchemaTooComplex
+
 logger = logging.getLogger("chatglm.server")
 
 LONGEST_VALUE = 60  # characters of a wrong value that an error repeats
 INTERNAL = "The server failed at this request; its log tells why."
+SCHEMA = "response_format.json_schema.schema"
 # What pydantic's kinds of errors are in words that need no knowledge of Python.
 RULES = {
     "string_type": "it should be a string",
@@ -48,9 +51,12 @@ class ApiError(HTTPException):
         super().__init__(status, message, dict(headers or {}))
         self.param, self.code = param, code
 
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return error_body(self.status_code, self.detail, self.param, self.code)
+
     def response(self) -> JSONResponse:
-        body = error_body(self.status_code, self.detail, self.param, self.code)
-        return JSONResponse(body, self.status_code, self.headers)
+        return JSONResponse(self.body, self.status_code, self.headers)
 
 
 def error_body(
@@ -58,6 +64,13 @@ def error_body(
 ) -> dict[str, dict[str, str | None]]:
     kind = TYPES.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def failure(error: BaseException | None) -> ApiError:
+    """What a client is told of an answer that ended in this error, perhaps when half of it was sent."""
+    if isinstance(error, SchemaTooComplex):
+        return ApiError(400, str(error), SCHEMA, "invalid_value")
+    return ApiError(500, INTERNAL, code="internal_error")
 
 
 def add_error_handlers(app: FastAPI) -> None:

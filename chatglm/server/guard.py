@@ -1,7 +1,7 @@
 """Stands in front of all routes: who may come in, and how much they may bring.
 
     Observer    counts and logs every request, adds the headers that protect the page, and turns a failure into a 500
-    Guard       the Host header, the API key, the type and size of the body
+    Guard       the size of the headers, the Host header, the API key, the type and size of the body
 
 Pure ASGI, so that a body is refused before it is read, and streams pass through as they are.
 """
@@ -55,6 +55,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
+            self._check_size(scope)
             headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_key(scope["path"], headers)
@@ -64,6 +65,15 @@ class Guard:
             await error.response()(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+    def _check_size(self, scope: Scope) -> None:
+        """uvicorn's own bound does not see a request that arrives in one piece."""
+        most = self.settings.max_header_bytes
+        line = len(scope["method"]) + len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if line + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > most:
+            message = f"The request line and headers have more than {most:,} bytes; send less."
+            close = {"Connection": "close"}
+            raise ApiError(400, message, code="headers_too_large", headers=close)
 
     def _check_host(self, headers: Headers) -> None:
         """Without a key, a web site could let its own name point here and read everything (DNS rebinding)."""

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from chatglm.server.answers import DONE, KEEP_ALIVE, EventStream, Running, event, result_of
 from chatglm.server.asking import ask_chat, ask_completions, check_model, embedding_prompts, refusal_of
-from chatglm.server.errors import INTERNAL, error_body
+from chatglm.server.errors import failure
 from chatglm.server.model import Model
 from chatglm.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from chatglm.server.service import STREAM, JsonRoute, Service, TheModel, TheService
@@ -114,7 +114,7 @@ async def _events(shape: Shape, running: Running) -> AsyncIterator[str]:
             if piece is not None:
                 yield event(shape.delta(index, piece))
             elif shape.answers[index].finish_reason == "error":
-                yield event(error_body(500, INTERNAL, code="internal_error"))
+                yield event(failure(shape.answers[index].error).body)
             else:
                 yield event(shape.end(index))
     if shape.body.includes_usage:

@@ -14,7 +14,7 @@ from starlette.responses import StreamingResponse
 
 from chatglm.server.answers import KEEP_ALIVE, EventStream, Running, event
 from chatglm.server.asking import ask_published
-from chatglm.server.errors import INTERNAL, error_body
+from chatglm.server.errors import failure
 from chatglm.server.model import Model
 from chatglm.server.schemas import PublishedRequest
 from chatglm.server.service import STREAM, JsonRoute, Service, TheModel, TheService
@@ -57,7 +57,7 @@ async def _events(body: PublishedRequest, running: Running) -> AsyncIterator[str
                 response += item[1].text
                 yield event({"response": response, "status": 200, "time": _now()})
     if running.answers[0].finish_reason == "error":
-        yield event(error_body(500, INTERNAL, code="internal_error"))
+        yield event(failure(running.answers[0].error).body)
     else:
         yield event(_finished(body, running))
 
