@@ -43,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:  # closed by the shell: >&-
                 sys.stdout.flush()  # here, where a reader that has left can be met
     except BrokenPipeError:
-        # A reader that has seen enough, such as `head -1`, ends the program without a word. Python flushes the
-        # output once more at its end, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader that has seen enough, such as `head -1`, ends the program without a word. Python flushes both
+        # streams once more at its end, which must not fail again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            os.dup2(nowhere, stream.fileno())
         return 128 + 13  # what shells report of a program that SIGPIPE ended
 
 

@@ -12,5 +12,5 @@ def in_words(error: BaseException) -> str:
         return f"Permission denied: {error.filename}; choose another place, or change its permissions."
     if isinstance(error, UnicodeEncodeError) and not error.encoding.startswith("utf"):
         missing = error.object[error.start]
-        return f"The output is {error.encoding}, which has no {missing!r}; set PYTHONIOENCODING=utf-8 in the environment."
+        return f"The output is {error.encoding}, which has no {missing!r}; set PYTHONIOENCODING=utf-8."
     return str(error)

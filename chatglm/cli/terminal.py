@@ -67,8 +67,8 @@ class PlainScreen:
         begun = self.interactive
         try:
             for text in pieces:
-                print(printable(text), end="", flush=True)
                 begun = begun or text != ""
+                print(printable(text), end="", flush=True)
             begun = True  # an empty answer is a line too
         finally:
             if begun:
