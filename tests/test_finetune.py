@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,13 @@ def test_what_a_method_wrote_loads_and_answers_otherwise_than_before(both, metho
     before = logits_of(*chatglm.load(both.model, "cpu"))
     after = logits_of(*load_finetuned(both.output, device="cpu"))
     assert largest_difference(after, before) > 1e-4
+
+
+def test_lora_loads_without_a_warning_about_what_users_cannot_change(both):
+    quietly(replace(both, method="lora", **SMALL["lora"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        chatglm.load(both.model, "cpu", adapter=both.output)
 
 
 @pytest.mark.parametrize("quantize", [None, 8])

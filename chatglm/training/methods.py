@@ -9,6 +9,7 @@ freeze   the weights of the last layers; saved as a checkpoint
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ import yaml
 from torch import nn
 
 from chatglm.checkpoint import read_config, read_weight_file
+from chatglm.devices import find_device
 from chatglm.hub.modeling_chatglm import PREFIX_DROPOUT, ChatGLMForConditionalGeneration, PrefixEncoder
 from chatglm.hub.quantization import QuantizedLinear
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
@@ -71,9 +73,9 @@ def check_peft() -> None:
 def training_device(name: str | None) -> torch.device:
     """The device of this process: the one that is asked for, or the best; of several GPUs each process has its own.
 
-    Raises ValueError if there are too few.
+    Raises ValueError if there is none of that name, or there are too few.
     """
-    device = torch.device(name) if name else default_device()
+    device = find_device(name) if name else default_device()
     if number_of_processes() == 1 or device.type != "cuda":
         return device
     own, there_are = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -137,7 +139,8 @@ def add_lora(model: ChatGLMForConditionalGeneration, settings: Settings) -> Any:
     from peft import get_peft_model
 
     try:
-        return get_peft_model(model, lora_config(settings, "CAUSAL_LM")).train()
+        with _old_name_unsaid():
+            return get_peft_model(model, lora_config(settings, "CAUSAL_LM")).train()
     except ValueError as error:
         raise ValueError(f"lora_target is {settings.lora_target!r}: {error}") from None
 
@@ -244,7 +247,7 @@ def load_finetuned(
         config = LoraConfig.from_pretrained(folder)
         config._register_custom_module(packed_layers())
         model.train()  # out of the layout in which PEFT would find no weights
-        with _misfits_in_words(folder, model):
+        with _misfits_in_words(folder, model), _old_name_unsaid():
             return PeftModel.from_pretrained(model, folder, config=config).eval(), tokenizer
     config = read_config(folder)
     add_prefix(model, config["pre_seq_len"], config["prefix_projection"])
@@ -255,6 +258,14 @@ def load_finetuned(
     with _misfits_in_words(folder, model):
         model.transformer.prefix_encoder.load_state_dict(encoder)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _old_name_unsaid() -> Iterator[None]:
+    """PEFT 0.21 asks transformers for a property under its old name, about which no user can do anything."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager
