@@ -74,6 +74,14 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What the published code takes for keys that a config.json of ChatGLM2 leaves out, where that is not what its own has.
+LEFT_OUT = {
+    "multi_query_attention": False,
+    "multi_query_group_num": 1,
+    "add_qkv_bias": False,
+    "seq_length": 2048,
+}
+
 # Second names of a value: those of transformers, and the one that ChatGLM2 has for its rows.
 ALIASES = {
     "max_position_embeddings": {CHATGLM: "max_sequence_length", CHATGLM2: "seq_length"},
@@ -181,6 +189,12 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"that tell a ChatGLM family ({', '.join(sum(FAMILY_KEYS.values(), ()))}); take the "
                 "config.json that was published with the weights."
             )
+        if family_of(config_dict) == CHATGLM2:
+            given = _with_one_name_each(CHATGLM2, config_dict)
+            left_out = LEFT_OUT | {"multi_query_group_num": given.get("num_key_value_heads") or 1}
+            config_dict = config_dict | {name: value for name, value in left_out.items() if name not in given}
+        elif config_dict.get("vocab_size") == 150528:  # v0.1, whose special tokens follow 20,000 images
+            config_dict = {"bos_token_id": 150004, "eos_token_id": 150005} | config_dict
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -226,10 +240,6 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"quantization_group_size is {self.quantization_group_size!r} but quantization_bit is "
                 f"{self.quantization_bit}; groups are for 4 bits, so change one of them."
-            )
-        if self.family == CHATGLM2 and self.fp32_residual_connection and not self.rmsnorm:
-            raise ValueError(
-                "fp32_residual_connection needs rmsnorm; set one of them to the published value."
             )
 
     def _published_key_value_heads(self) -> int:
@@ -408,6 +418,14 @@ def check_loaded(info: dict[str, Any], name: Any, ignore_mismatched_sizes: bool)
         raise ValueError(
             f"{key} in {name} has shape {tuple(in_file)}, but by config.json it must be {tuple(in_model)}; take "
             "weights and config.json from one checkpoint."
+        )
+    projection = "prefix_encoder.trans."
+    kept = [key for key in info["unexpected_keys"] if projection in key]
+    absent = [key for key in info["missing_keys"] if projection in key]
+    if kept or (absent and not any("prefix_encoder.embedding" in key for key in info["missing_keys"])):
+        raise ValueError(
+            f"The prefix in {name} was trained {'with' if kept else 'without'} a projection, but config.json says "
+            f"prefix_projection {'false' if kept else 'true'}; change it there."
         )
     new = ("prefix_encoder.", "classifier_head.")  # trained by the user, and often saved elsewhere
     missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in new))

@@ -598,6 +598,13 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
 class ChatGLMGenerationMixin(GenerationMixin):
     """`generate` and what it asks of a model: the loop above, and the library's where that can more."""
 
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        # The library reads config.json itself, and so misses the ids that ChatGLMConfig adds to it.
+        super().adjust_generation_fn(*args, **kwargs)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self.generation_config, name) is None:
+                setattr(self.generation_config, name, getattr(self.config, name))
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,

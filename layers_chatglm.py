@@ -322,11 +322,22 @@ class RMSNorm(nn.Module):
         return (weight * states).to(hidden_states.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, which also takes float32 residuals beside half-precision weights."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype == hidden_states.dtype:
+            return super().forward(hidden_states)
+        weight, bias = self.weight.float(), self.bias.float()
+        states = F.layer_norm(hidden_states.float(), self.normalized_shape, weight, bias, self.eps)
+        return states.to(hidden_states.dtype)
+
+
 def make_norm(config: ChatGLMConfig) -> nn.Module:
     """The norm that both families put before attention, before the MLP and at the end."""
     if config.family == CHATGLM2 and config.rmsnorm:
         return RMSNorm(config.hidden_size, config.layernorm_epsilon)
-    return nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+    return LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class GLMBlock(GradientCheckpointingLayer):

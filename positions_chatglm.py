@@ -51,9 +51,12 @@ def glm_positions(
         index = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     context = is_context(input_ids, config)
     sop_column = context.sum(-1, keepdim=True)  # [B, 1]
-    is_gmask = (input_ids == config.gmask_token_id) & context
+    is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
+    in_context = ((is_gmask | is_mask) & context).any(-1, keepdim=True)
+    counts = context | ~in_context  # what an answer says moves nothing, unless there is no other one
+    is_gmask, is_mask = is_gmask & counts, is_mask & counts
     has_gmask = is_gmask.any(-1, keepdim=True)
-    is_mask = torch.where(has_gmask, is_gmask, (input_ids == config.mask_token_id) & context)
+    is_mask = torch.where(has_gmask, is_gmask, is_mask)
     filled = index.gather(1, is_mask.int().argmax(-1, keepdim=True))  # [B, 1]
     if not config.position_encoding_2d:
         return torch.where(context | has_gmask, index, filled) * POSITION_STRIDE
@@ -65,12 +68,10 @@ def glm_positions(
 def check_prompt(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
     """Raise ValueError for a row that lacks <sop> or a mask token: it has no positions."""
     is_mask = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
-    mask_names = (
-        f"[gMASK] (id {config.gmask_token_id}) or [MASK] (id {config.mask_token_id}) before its <sop>"
-    )
+    mask_names = f"[gMASK] (id {config.gmask_token_id}) or [MASK] (id {config.mask_token_id})"
     for name, found in {
         f"<sop> (id {config.bos_token_id})": input_ids == config.bos_token_id,
-        mask_names: is_mask & is_context(input_ids, config),
+        mask_names: is_mask,
     }.items():
         missing = (~found.any(-1)).nonzero().flatten().tolist()
         if missing:

@@ -297,7 +297,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         ChatGLM-6B recognises `[MASK]`, `<sop>`, `<eop>`, `<pad>`, `<unk>` (v0.1 and Slim: `</s>`, not
         `<eop>`) in the text, drops the white space around them, and starts anew behind them;
         `split_special_tokens=True` makes them plain text. In ChatGLM2 all such spellings are plain
-        text. Both recognise what users added, and a whole text that is a rendered chat template.
+        text. Both recognise what users added, and with `whole_prompt=True` a rendered chat template.
 
         >>> tokenizer.tokenize("今天 [MASK] 很好")
         ['▁今天', '[MASK]', '▁', '很好']
@@ -305,17 +305,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         _check_text(text)
         if kwargs.pop("split_special_tokens", self.split_special_tokens):
             return self._tokenize(text)
-        if self.family == CHATGLM2 and text.startswith("[gMASK]sop"):
-            rest = text.removeprefix("[gMASK]sop")
-            if rest.startswith(tuple(self._added_tokens_encoder)):  # ChatGLM3's own template: <|user|>…
-                return ["[gMASK]", "sop", *self.tokenize(rest)]
-        before, chat, after = self._split_rendered_chat(text)
-        if before or after:
-            return before + self._tokenize(chat) + after
+        if kwargs.pop("whole_prompt", False):
+            if self.family == CHATGLM2 and text.startswith("[gMASK]sop"):
+                rest = text.removeprefix("[gMASK]sop")
+                if rest.startswith(tuple(self._added_tokens_encoder)):  # ChatGLM3's own template: <|user|>…
+                    return ["[gMASK]", "sop", *self.tokenize(rest)]
+            before, chat, after = self._split_rendered_chat(text)
+            if before or after:
+                return before + self._tokenize(chat) + after
         tokens: list[str] = []
         for i, part in enumerate(self._split_added_tokens(text)):
             tokens += [part] if i % 2 else self._tokenize(part)
         return tokens
+
+    def _encode_plus(self, *args: Any, add_special_tokens: bool = True, **kwargs: Any) -> Any:
+        # Whoever wants no special tokens added may have a text that has them: see `_split_rendered_chat`.
+        kwargs["whole_prompt"] = not add_special_tokens
+        return super()._encode_plus(*args, add_special_tokens=add_special_tokens, **kwargs)
 
     def _split_rendered_chat(self, text: str) -> tuple[list[str], str, list[str]]:
         """Take the special tokens off a prompt that `apply_chat_template(tokenize=False)` made.
@@ -952,9 +958,9 @@ class ChatMixin:
 
 
 def check_query(query: Any) -> None:
-    """Raise ValueError unless `query` is a text with something in it."""
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"The query is {query!r}; pass a text that is not empty.")
+    """Raise ValueError unless `query` is a text; an empty one is answered, as in the published code."""
+    if not isinstance(query, str):
+        raise ValueError(f"The query is {query!r}; pass a text.")
 
 
 class KnownTokens(LogitsProcessor):

@@ -279,6 +279,20 @@ def test_the_difference_to_the_defaults_is_enough_to_build_the_config_again(make
     assert again.to_dict() == config.to_dict()
 
 
+def test_keys_that_a_file_of_chatglm2_leaves_out_have_the_published_meaning():
+    named = ("multi_query_attention", "multi_query_group_num", "add_qkv_bias", "seq_length")
+    content = {key: value for key, value in TINY[CHATGLM2].items() if key not in named}
+    config = ChatGLMConfig.from_dict(content)
+    assert [getattr(config, name) for name in named] == [False, 1, False, 2048]
+    assert config.num_key_value_heads == config.num_attention_heads
+    assert ChatGLMConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_the_rows_of_the_first_release_tell_its_special_tokens():
+    config = ChatGLMConfig.from_dict({"inner_hidden_size": 16384, "vocab_size": 150528})
+    assert (config.bos_token_id, config.eos_token_id, config.gmask_token_id) == (150004, 150005, 150001)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_deep_copy_is_equal_and_apart(family):
     config = tiny_config(family)

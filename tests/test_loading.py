@@ -40,6 +40,18 @@ def test_large_models_take_bfloat16_on_a_cpu_and_their_own_dtype_elsewhere():
     assert default_dtype(torch.device("cuda"), large) == "auto"
 
 
+def test_ids_that_a_folder_leaves_out_are_known_to_generate(tiny_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "folder")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    left_out = {"pad_token_id"} | ({"eos_token_id"} if "padded_vocab_size" in content else set())
+    kept = {key: value for key, value in content.items() if key not in left_out}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    model, _ = chatglm.load(folder, device="cpu")
+    for name in left_out:
+        assert getattr(model.generation_config, name) == getattr(model.config, name) is not None
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantize_packs_the_weights_on_the_way(tiny_folder: Path, bits: int):
     model, tokenizer = chatglm.load(tiny_folder, device="cpu", quantize=bits)

@@ -198,7 +198,7 @@ def test_low_precision_stays_near_float32(model, ids, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat16"])
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"post_layer_norm": False}, {"apply_residual_connection_post_layernorm": True}],
+    [{}, {"post_layer_norm": False}, {"apply_residual_connection_post_layernorm": True}, {"rmsnorm": False}],
     ids=str,
 )
 def test_float32_residuals_work_with_low_precision_weights(dtype, variant):

@@ -47,6 +47,10 @@ def test_a_mask_token_in_the_answer_moves_nothing():
     assert drawn(rows([7, MASK, 8, SOP, GMASK, 9])) == [[[0, 1, 2, 1, 1, 1], [0, 0, 0, 1, 2, 3]]]
 
 
+def test_a_mask_token_in_the_answer_is_filled_where_there_is_no_other_one():
+    assert drawn(rows([7, 8, SOP, MASK, 9])) == [[[0, 1, 3, 3, 3], [0, 0, 1, 2, 3]]]
+
+
 def test_every_row_of_a_batch_has_its_own_mask_token():
     both = rows([7, MASK, 8, SOP], [7, 8, GMASK, SOP])
     assert drawn(both) == drawn(both[:1]) + drawn(both[1:])

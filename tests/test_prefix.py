@@ -73,6 +73,14 @@ def test_only_the_prefix_is_trainable_after_loading(tuned, tmp_path):
     assert all(name.startswith("transformer.prefix_encoder.") for name in trainable)
 
 
+def test_a_prefix_is_not_read_with_another_projection_than_it_was_trained_with(tuned, tmp_path):
+    """Of ChatGLM2 the embedding has the same shape with and without, so that nothing else would tell."""
+    tuned.save_pretrained(tmp_path)
+    other = {"prefix_projection": not tuned.config.prefix_projection}
+    with pytest.raises(ValueError, match=r"prefix_projection|has shape"):
+        ChatGLMForConditionalGeneration.from_pretrained(tmp_path, **other)
+
+
 def test_a_prefix_learns(tuned, ids):
     optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=0.2)
     tuned.train()

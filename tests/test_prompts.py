@@ -135,6 +135,14 @@ def test_the_chat_template_makes_the_published_prompt(tokenizer, query: str, his
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
 
 
+def test_a_text_that_looks_like_a_prompt_is_a_text_where_special_tokens_are_added(tokenizer) -> None:
+    """Nobody can write control tokens of a prompt into a call of the published form."""
+    ids = tokenizer("[gMASK]sop[Round 1]\n\n问：你好[gMASK]<sop>")["input_ids"]
+    assert ids.count(tokenizer.gmask_token_id) == 1
+    batch = tokenizer(["[gMASK]sop[Round 1]\n\n问：a", "b [gMASK]<sop>"])["input_ids"]
+    assert [row.count(tokenizer.gmask_token_id) for row in batch] == [1, 1]
+
+
 @pytest.mark.parametrize("history", HISTORIES)
 def test_a_conversation_with_its_answer_is_the_published_training_row(tokenizer, history) -> None:
     chat = messages("你好", history, "Hello!")
