@@ -81,6 +81,72 @@ def test_a_name_that_is_nothing_ends_in_one_sentence(
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("", "The name of the model is empty"),
+        ("./nothing", "There is no folder './nothing'"),
+        ("../some/nothing", "There is no folder '../some/nothing'"),
+        (__file__, f"'{__file__}' is a file; give the folder that holds config.json"),
+    ],
+    ids=["empty", "a path", "a path upwards", "a file"],
+)
+@pytest.mark.parametrize("command", [["info"], ["ask", "hi", "--model"], ["verify"]], ids=lambda it: it[0])
+def test_what_is_plainly_no_name_on_the_hub_is_told_as_what_it_is(
+    command: list[str],
+    name: str,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([*command, name]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"chatglm: {expected}")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["info", "demo"], ["ask", "hi"], ["bench", "demo"]], ids=lambda it: it[0]
+)
+def test_a_revision_of_a_model_that_lies_here_is_refused(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([*command, "--revision", "v1.0"]) == 1
+    expected = "The revision 'v1.0' is for a Hub name, but 'demo' is a model that lies here; leave it out."
+    assert capsys.readouterr().err == f"chatglm: {expected}\n"
+
+
+def test_a_key_without_a_server_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["ask", "hi", "--api-key", "secret"]) == 1
+    assert capsys.readouterr().err == "chatglm: --api-key is for a server; give --url too, or leave it out.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "choices"),
+    [("finetune", "(lora and ptuning)"), ("dpo", "so many bits Examples"), ("rl", "so many bits Examples")],
+)
+def test_the_help_tells_of_packing_what_the_command_has(
+    command: str, choices: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert choices in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_of_train_reward_lists_the_model_first(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["train-reward", "--help"])
+    out = capsys.readouterr().out
+    assert out.index("positional arguments:\n  model ") < out.index("\noptions:\n")
+    assert "reward model:\n  --method" in out
+
+
+@pytest.mark.parametrize(
     "option",
     [
         ["--temperature", "-1"],
@@ -91,6 +157,11 @@ def test_a_name_that_is_nothing_ends_in_one_sentence(
         ["--max-length", "much"],
         ["--quantize", "5"],
         ["--dtype", "int8"],
+        ["--seed", "-1"],
+        ["--seed", str(2**32)],
+        ["--device", "meta"],
+        ["--device", "cpu:99"],
+        ["--device", "gpu"],
     ],
     ids=" ".join,
 )

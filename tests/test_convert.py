@@ -637,8 +637,10 @@ def test_a_tensor_that_two_files_hold_is_refused(v2, tmp_path):
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(v2, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(OSError, match=r"will take [\d,]+ bytes but only 1,000 are free"):
+    with pytest.raises(OSError, match="only 1,000 are free") as caught:
         quietly(v2, tmp_path / "dest")
+    size = write.total_bytes(convert_module.read_parts(v2).state)
+    assert f"will have {size:,} bytes of weights" in str(caught.value)
     assert not any(tmp_path.iterdir())
 
 
@@ -700,6 +702,12 @@ def test_a_disk_error_of_another_kind_is_passed_on(v2, tmp_path, monkeypatch):
 
 
 # ---- the command
+
+
+def test_what_to_do_next_is_not_mistaken_for_a_model_of_ours(v2, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(v2), "demo"]) == 0
+    assert "Next: chatglm chat ./demo\n" in capsys.readouterr().out
 
 
 def test_the_command_converts_and_says_what_to_do_next(v2, tmp_path, capsys):

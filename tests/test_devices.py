@@ -19,13 +19,14 @@ from labelled_devices import DEVICES
 from transformers import StaticCache
 
 from chatglm import load, load_model_on_gpus
-from chatglm.devices import layers_on_gpus
+from chatglm.devices import find_device, layers_on_gpus
 from chatglm.engine.engine import Engine
 from chatglm.engine.request import Request
 from chatglm.hub.configuration_chatglm import ChatGLMConfig
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.quantization import ChatGLMQuantizationConfig, QuantizedLinear
 from chatglm.tools.convert import convert
+from chatglm.training.methods import training_device
 
 QUERIES = ["你好", "晚上睡不着"]
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -93,6 +94,24 @@ def test_every_weight_has_its_gpu(family: str):
 def test_more_gpus_than_there_are_are_refused_before_anything_is_read():
     with pytest.raises(ValueError, match="num_gpus is 99, but torch sees"):
         load_model_on_gpus("no-such-folder", num_gpus=99)
+
+
+# ---- names of devices
+
+
+def test_a_device_is_one_that_torch_has_here(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("cpu", "cpu:0", "xpu", "xpu:1"):
+        assert find_device(name) == torch.device(name)
+    for name in ("cpu:1", "xpu:2", "cuda", "meta", "gpu", ""):
+        with pytest.raises(ValueError, match="torch has only cpu, xpu, xpu:1 here"):
+            find_device(name)
+
+
+def test_training_takes_no_device_that_is_not_there():
+    with pytest.raises(ValueError, match="device is 'meta'"):
+        training_device("meta")
 
 
 # ---- two devices

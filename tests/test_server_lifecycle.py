@@ -446,8 +446,22 @@ def test_a_key_file_without_keys_is_refused(tmp_path: Path):
     (tmp_path / "keys").write_text("# nothing\n")
     with pytest.raises(ValueError, match="no API key"):
         settings_for("--api-key-file", str(tmp_path / "keys"))
-    with pytest.raises(OSError, match="missing"):
-        settings_for("--api-key-file", str(tmp_path / "missing"))
+
+
+def test_a_key_file_that_cannot_be_read_is_told_with_its_option(tmp_path: Path):
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for name, reason in {"missing": "No such file", ".": "Is a directory", "bytes": "not UTF-8"}.items():
+        with pytest.raises(OSError, match=rf"^--api-key-file {tmp_path / name} cannot be read \(.*{reason}"):
+            settings_for("--api-key-file", str(tmp_path / name))
+
+
+def test_a_bad_line_of_a_key_file_is_told_by_its_number(tmp_path: Path):
+    (tmp_path / "keys").write_text("# ours\ngood\nbad key\n")
+    with pytest.raises(
+        ValueError, match=rf"The API key in {tmp_path / 'keys'}, line 3, has blanks"
+    ) as caught:
+        settings_for("--api-key-file", str(tmp_path / "keys"))
+    assert "bad key" not in str(caught.value)
 
 
 def test_other_machines_are_let_in_only_with_a_key_or_when_told():

@@ -435,7 +435,9 @@ def test_without_weights_what_can_be_checked_is(v2: Path):
 
 def test_an_empty_folder_has_a_report_too(tmp_path: Path):
     report = verify(tmp_path)
-    assert problems(report) == ["config", "code", "files"]
+    assert problems(report) == ["config", "files"]
+    for name in ("code", "names", "tied", "tokenizer"):
+        assert text_of(report, name) == "Not possible, as config.json is missing."
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path):
@@ -443,6 +445,8 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path):
         verify(tmp_path / "none")
     with pytest.raises(OSError, match="chatglm download some/model"):
         verify("some/model")
+    with pytest.raises(OSError, match=r"There is no folder '\./none'"):
+        verify("./none")
 
 
 def test_one_tensor_at_a_time_is_in_memory(v2: Path, monkeypatch: pytest.MonkeyPatch):

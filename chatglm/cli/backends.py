@@ -14,6 +14,7 @@ from chatglm.cli.options import (
     add_adapter_option,
     add_loading_options,
     named_model,
+    seed,
     share,
     temperature,
     whole_number,
@@ -76,7 +77,11 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
         "--url",
         help="ask this OpenAI-compatible server, such as http://127.0.0.1:8000, instead of loading a model",
     )
-    add("--api-key", metavar="KEY", help="for the server (better: the environment variable CHATGLM_API_KEY)")
+    add(
+        "--api-key",
+        metavar="KEY",
+        help="with --url: for the server (better: the environment variable CHATGLM_API_KEY)",
+    )
     lengths = "2048 for ChatGLM-6B, 8192 for ChatGLM2-6B, less for models with a shorter context"
     length = f"tokens of prompt and answer (default: {lengths}); with --url, of the answer alone"
     add("--max-length", type=whole_number, metavar="N", help=length)
@@ -94,7 +99,12 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help=f"choose among the likeliest with this share (default: {shares})",
     )
-    add("--seed", type=int, help="the same seed gives the same answers (default: another each time)")
+    add(
+        "--seed",
+        type=seed,
+        metavar="N",
+        help="the same number, from 0 to 4294967295, gives the same answers (default: another each time)",
+    )
     add(
         "--prompt-lookup",
         type=whole_number,
@@ -139,6 +149,8 @@ def _open_server(arguments: argparse.Namespace) -> ServedModel:
 
 
 def _load_model(arguments: argparse.Namespace) -> LoadedModel:
+    if arguments.api_key is not None:
+        raise ValueError("--api-key is for a server; give --url too, or leave it out.")
     name = named_model(arguments)
     # Before torch is imported, which takes seconds: most mistakes are told at once.
     checkpoint = read_checkpoint(find_checkpoint(name, arguments.revision))

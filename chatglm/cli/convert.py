@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from chatglm.find import MODEL_HELP
+from chatglm.find import MODEL_HELP, as_typed
 
 EPILOG = """
 Examples:
@@ -71,4 +71,4 @@ def run(arguments: argparse.Namespace) -> None:
         print(step)
     size = readable(total_bytes(parts.state))
     print(f"{arguments.dest}: {size} of weights in {files} file{'s' * (files > 1)}")
-    print(f"Next: chatglm chat {arguments.dest}")
+    print(f"Next: chatglm chat {as_typed(arguments.dest)}")

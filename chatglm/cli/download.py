@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+
+from chatglm.find import as_typed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,4 +35,4 @@ def run(arguments: argparse.Namespace) -> None:
         include=arguments.include,
     )
     print(f"{arguments.model} is in {folder}. To talk with it:")
-    print(f"chatglm chat {shlex.quote(str(folder))}")
+    print(f"chatglm chat {as_typed(folder)}")

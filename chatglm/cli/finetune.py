@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatglm.cli.options import add_run_options, run_options
+from chatglm.find import as_typed
 from chatglm.training.processes import is_main, leave, together
 from chatglm.training.settings import LEARNING_RATES, Settings
 
@@ -47,7 +49,11 @@ def _tell(settings: Settings, outcome: Outcome) -> None:
 
     print(loss_table(outcome))
     print(score_table(outcome.scores), end="")
-    names = {"model": settings.model, "folder": settings.output, "pre_seq_len": settings.pre_seq_len}
+    names = {
+        "model": settings.model,
+        "folder": as_typed(Path(settings.output)),
+        "pre_seq_len": settings.pre_seq_len,
+    }
     steps = USE[settings.method].format(**names).split("```")[1].removeprefix("sh\n").splitlines()
     print(f"{settings.output}: what was learned, README.md and loss.png")
     print(f"Next: {' && '.join(steps)}")

@@ -117,7 +117,7 @@ def _cache_text(values: int, int8: int) -> str:
 
 
 def _checkpoint(name: str, revision: str | None) -> Checkpoint:
-    folder = local_folder(name)
+    folder = local_folder(name, revision)
     if folder is not None:
         return read_checkpoint(folder)
     folder = download(name, revision=revision, weights=False)

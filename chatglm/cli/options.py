@@ -33,11 +33,11 @@ def add_adapter_option(parser: argparse.ArgumentParser) -> None:
 def named_model(arguments: argparse.Namespace) -> str:
     """The model that is named, or the one that the adapter was made for; without either, ours."""
     if not arguments.adapter:
-        return arguments.model or "demo"
+        return "demo" if arguments.model is None else arguments.model
     from chatglm.training.methods import base_of, check_adapter
 
     check_adapter(arguments.adapter)
-    return arguments.model or base_of(arguments.adapter)
+    return base_of(arguments.adapter) if arguments.model is None else arguments.model
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch, tag or commit of a Hub name (default: main)")
     add(
         "--device",
+        type=device,
         help="cpu, cuda, cuda:1, mps, or auto: all of them share the model (default: the first of cuda, mps, cpu)",
     )
     own = "the checkpoint's own; on a CPU float32, or bfloat16 from a billion parameters on"
@@ -54,9 +55,28 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     add("--quantize", type=int, choices=[8, 4], help="pack the weights into so many bits")
 
 
+def device(text: str) -> str:
+    """One that `chatglm.load` takes; of unusual ones torch is asked, whose import takes seconds."""
+    if text not in ("auto", "balanced", "cpu", "cuda", "mps"):
+        from chatglm.devices import find_device
+
+        try:
+            find_device(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """One that transformers and every server take."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
     return int(text)
 
 

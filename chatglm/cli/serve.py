@@ -236,17 +236,36 @@ def api_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
     if KEY_VARIABLE in os.environ:
         keys.append(os.environ[KEY_VARIABLE])
     if file is not None:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise ValueError(f"{file} has no API key; write one on a line of its own.")
-        keys += found
-    for key in keys:
-        if not key or not all("!" <= letter <= "~" for letter in key):
-            raise ValueError(
-                "An API key is empty or has blanks or letters beyond ASCII, which no header can carry."
-            )
+        keys += keys_in(file)
+    if not all(map(fits_header, keys)):
+        raise ValueError(
+            "An API key is empty or has blanks or letters beyond ASCII, which no header can carry."
+        )
     return tuple(keys)
+
+
+def keys_in(file: Path) -> list[str]:
+    """The keys of a file; OSError or ValueError, naming the line but never the key, for none or a bad one."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise OSError(
+            f"--api-key-file {file} cannot be read ({reason}); give a text file with a key on each line."
+        ) from None
+    keys = {number: line for number, line in enumerate(lines, 1) if line and not line.startswith("#")}
+    if not keys:
+        raise ValueError(f"{file} has no API key; write one on a line of its own.")
+    for number, key in keys.items():
+        if not fits_header(key):
+            raise ValueError(
+                f"The API key in {file}, line {number}, has blanks or letters beyond ASCII, which no header can carry."
+            )
+    return list(keys.values())
+
+
+def fits_header(key: str) -> bool:
+    return bool(key) and all("!" <= letter <= "~" for letter in key)
 
 
 def origin(text: str) -> str:

@@ -20,11 +20,14 @@ def same(name: str) -> Any:
     return field(default=one.default, metadata=one.metadata)
 
 
+QUANTIZE = option("pack the base into so many bits", choices=(8, 4))
+
+
 @dataclass(frozen=True)
 class PreferenceSettings(Options):
     """What the three commands have in common."""
 
-    method: ClassVar[str] = "lora"
+    method = "lora"  # no field here: only a reward model has a choice
     default_rate: ClassVar[float]
 
     model: str = same("model")
@@ -103,7 +106,7 @@ class DpoSettings(PreferenceSettings):
     sft_weight: float = option(
         "of the loss of the better answers, which is added to that of DPO", 0.0, least=0
     )
-    quantize: int | None = same("quantize")
+    quantize: int | None = QUANTIZE
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class RlSettings(PreferenceSettings):
     max_new_tokens: int = option("tokens of an answer; longer ones are broken off", 128, above=0)
     temperature: float = option("of sampling", 1.0, above=0)
     beta: float = option("price of KL divergence from the model as it was", 0.05, least=0)
-    quantize: int | None = same("quantize")
+    quantize: int | None = QUANTIZE
 
     def check(self) -> RlSettings:
         """Returns itself; raises ValueError, naming field and value, for what cannot be."""

@@ -32,6 +32,10 @@ class Contents:
         except Exception:  # check_config says what is wrong
             return None
 
+    @property
+    def lacks_config(self) -> bool:
+        return not (self.folder / "config.json").is_file()
+
     @cached_property
     def index(self) -> Path | None:
         try:

@@ -25,7 +25,7 @@ from chatglm.checkpoint import TOKENIZER_FILES, WEIGHT_FILES, is_lfs_pointer, re
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # ./model is a folder
 # What a checkpoint needs besides its weights. Python files are not among it: only our own code runs.
 SMALL_FILES = (
     "config.json",

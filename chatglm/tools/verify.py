@@ -104,6 +104,8 @@ def check_config(contents: Contents) -> Check:
 
 def check_code(contents: Contents) -> Check:
     """Whether the settings name code that is not ChatGLM's. None of it is ever run by this package."""
+    if contents.lacks_config:
+        return _nothing_to_compare("code", contents)
     config = read_json(contents.folder / "config.json")
     named = dict(_auto_map(config))
     tokenizer = contents.folder / "tokenizer_config.json"
@@ -254,6 +256,8 @@ def check_shapes(contents: Contents) -> Check:
 
 def _nothing_to_compare(name: str, contents: Contents) -> Check:
     reason = "no weights could be read" if contents.config else "config.json is not valid"
+    if contents.lacks_config:
+        reason = "config.json is missing"
     return Check(name, NOT_CHECKED, f"Not possible, as {reason}.")
 
 
@@ -403,7 +407,7 @@ def check_tied(contents: Contents, numbers: Numbers) -> Check:
 def check_tokenizer(contents: Contents) -> Check:
     config = contents.config
     if config is None:
-        return Check("tokenizer", NOT_CHECKED, "Not possible, as config.json is not valid.")
+        return _nothing_to_compare("tokenizer", contents)
     check_optional_files(contents.folder)
     existing(contents.folder / VOCAB_FILES[config.family])
     tokenizer = ChatGLMTokenizer.from_pretrained(contents.folder)

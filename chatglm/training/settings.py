@@ -112,7 +112,7 @@ class Settings(Options):
     batch_size: int = option("rows that are computed together", 1, above=0)
     accumulation: int = option("batches that make up one step", 16, above=0)
     gradient_checkpointing: bool = option("compute more, keep less: for long rows and large models", False)
-    seed: int = option("of shuffling, dropout and new weights", 0, least=0)
+    seed: int = option("of shuffling, dropout and new weights", 0, least=0, below=2**32)
     # watching
     logging_steps: int = option("steps between two points of the loss curve", 10, above=0)
     eval_steps: int | None = option(

@@ -21,7 +21,7 @@ from chatglm.weights.tensors import State
 
 SHARD_SIZE = 1 << 30  # bytes; what is held in memory at a time, or the largest tensor if that is more
 INDEX = "model.safetensors.index.json"
-SPARE = 64 << 20  # bytes that a checkpoint takes beside its weights, generously
+SPARE = 16 << 20  # bytes that are kept for what a checkpoint has beside its weights, about three times that
 
 
 def total_bytes(state: State) -> int:
@@ -95,8 +95,8 @@ def complete_folder(dest: Path, overwrite: bool, needed: int) -> Iterator[Path]:
     free = shutil.disk_usage(dest.parent).free
     if needed + SPARE > free:
         raise OSError(
-            f"{dest} will take {needed + SPARE:,} bytes but only {free:,} are free there; make room or choose "
-            "another disk."
+            f"{dest} will have {needed:,} bytes of weights, and {SPARE:,} are to stay free for the files beside them, "
+            f"but only {free:,} are free there; make room or choose another disk."
         )
     partial = dest.with_name(f".{dest.name}.partial-{os.getpid()}")
     partial.mkdir()
