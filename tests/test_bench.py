@@ -413,7 +413,6 @@ def test_matplotlib_is_imported_for_charts_only(tiny_v2_folder: Path, run, monke
         (["--prompt-tokens", "3"], "A prompt of 3 and an answer of 32 tokens cannot be measured"),
         (["--new-tokens", "1"], "take 4 and 2 at least"),
         (["--prompt-tokens", "500", "--new-tokens", "13"], "make 513, but the model has a context of 512"),
-        (["--device", "gpu"], "device is 'gpu'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
