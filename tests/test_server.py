@@ -248,6 +248,19 @@ def test_json_schema_gives_what_the_schema_describes(server: LiveServer, stream:
     assert len(found["numbers"]) <= 3 and all(n in range(1, 10) for n in found["numbers"])
 
 
+@pytest.mark.parametrize("path", ["/", "/favicon.ico", "/static/style.css"])
+def test_head_answers_as_get_does_without_the_body(server: LiveServer, path: str):
+    got, asked = server.get(path), server.client.head(server.url + path)
+    assert got.status_code == asked.status_code == 200
+    names = ("content-type", "content-length", "etag", "cache-control")
+    assert [asked.headers[name] for name in names] == [got.headers[name] for name in names]
+    assert got.content and not asked.content
+
+
+def test_browsers_find_the_icon_where_they_look_for_it(server: LiveServer):
+    assert server.get("/favicon.ico").headers["content-type"] == "image/svg+xml"
+
+
 def test_content_in_parts_is_the_text_of_the_parts(server: LiveServer):
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     assert answer(server.chat([{"role": "user", "content": parts}])) == HELLO

@@ -51,7 +51,8 @@ MARKDOWN = {
     "html": ("<b onclick=x>&amp;", "<p>&lt;b onclick=x&gt;&amp;amp;</p>"),
 }  # fmt: skip
 
-# Renders the texts one after the other into one element; code blocks are shown as [code] to keep the tables readable.
+# Renders the texts one after the other into one element; code blocks are shown as [code], and directions
+# left out, to keep the tables readable.
 RENDER = """async (texts) => {
     const { render } = await import("/static/markdown.js");
     const box = document.createElement("div");
@@ -62,6 +63,7 @@ RENDER = """async (texts) => {
         if (link.target !== "_blank" || link.rel !== "noopener noreferrer") throw new Error("an open link");
         for (const name of ["target", "rel", "title"]) link.removeAttribute(name);
     }
+    for (const directed of box.querySelectorAll("[dir]")) directed.removeAttribute("dir");
     return box.innerHTML;
 }"""
 

@@ -465,6 +465,19 @@ def test_a_refusal_is_shown_in_the_server_s_words(page):
     expect(last(page, ".note")).to_contain_text("max_tokens is 999999")
 
 
+def test_a_question_that_is_too_long_can_be_edited_instead_of_asked_again(page, engine):
+    ask(page, "字" * 3000)
+    expect(last(page, ".note")).to_contain_text("shorten")
+    page.reload()
+    button = last(page, ".note button")
+    expect(button).to_have_text("Edit the question")
+    button.click()
+    last(page, ".edit textarea").fill("short")
+    last(page, ".edit textarea").press("Enter")
+    expect(last(page)).to_have_text("You said: short")
+    expect(last(page, ".note")).not_to_be_visible()
+
+
 def test_a_key_is_asked_for_and_kept_in_the_tab_alone(page):
     keys: list[str | None] = []
 
@@ -536,6 +549,12 @@ def test_an_answer_goes_on_while_another_conversation_is_open(page, engine):
     expect(last(page)).to_have_text("one two three")
 
 
+def rounds(count: int) -> list[dict[str, str]]:
+    """The messages of so many rounds."""
+    roles = ("user", "assistant")
+    return [{"role": role, "content": f"{role} {i}\n\nand more"} for i in range(count) for role in roles]
+
+
 def export_file(page: Page, button: Callable[[], None], target: Path) -> Path:
     with page.expect_download() as download:
         button()
@@ -569,6 +588,21 @@ def test_export_and_import_bring_everything_back(page, engine, tmp_path):
     import_file(page, file.read_bytes())  # nothing doubles
     expect(page.locator("#notice")).to_contain_text("Conversations imported: 0.")
     assert stored(page) == before
+
+
+def test_an_imported_conversation_is_shown_at_its_end_and_the_news_of_it_goes_by_itself(page):
+    page.clock.install()
+    import_file(page, {"messages": rounds(40)})
+    expect(page.locator("#notice")).to_contain_text("Conversations imported: 1.")
+    page.clock.run_for(1000)
+    place = "[scroller.scrollTop, scroller.scrollHeight - scroller.clientHeight]"
+    wait_until(page, lambda: abs(page.evaluate(f"{place}.reduce((at, end) => end - at)")) < 2)
+    expect(page.locator("#to-end")).not_to_be_visible()
+    page.clock.run_for(6000)
+    expect(page.locator("#notice")).not_to_be_visible()
+    import_file(page, b"nothing")
+    page.clock.run_for(60_000)
+    expect(page.locator("#notice")).to_be_visible()  # bad news stays
 
 
 def test_one_conversation_is_exported_for_people_and_for_the_terminal(page, tmp_path):
@@ -727,6 +761,46 @@ def test_a_phone_shows_everything_without_scrolling_sideways(page, engine):
     expect(page.locator("#open-drawer")).to_be_focused()
 
 
+def test_text_reads_in_its_own_direction_and_code_from_left_to_right(page, engine):
+    engine.script["مرحبا بالعالم"] = (
+        "# عنوان\n\nنص عربي.\n\nEnglish text.\n\n- واحد `x = 1`\n- two\n\n1. واحد\n\n   اثنان\n\n"
+        "> اقتباس\n\n| اسم | b |\n|---|---|\n| قيمة | 1 |\n\n```python\n# تعليق\n```"
+    )
+    talk(page, "مرحبا بالعالم")
+
+    def styles(selector: str, *names: str) -> list[Any]:
+        read = "(all, names) => all.map((one) => names.map((name) => getComputedStyle(one)[name]).join(' '))"
+        return page.locator(f".turn.last {selector}").evaluate_all(read, names)
+
+    assert styles(".question", "direction") == ["rtl"]
+    assert styles(".answer h3", "direction") == ["rtl"]
+    assert styles(".answer > p", "direction") == ["rtl", "ltr"]
+    assert styles("li", "direction") == ["rtl", "ltr", "rtl"]
+    assert styles("li", "marginLeft", "marginRight") == [
+        "0px 25.6px",
+        "25.6px 0px",
+        "0px 25.6px",
+    ]  # the bullets' room
+    assert styles("blockquote", "direction", "borderRightWidth") == ["rtl 3px"]
+    assert styles(":is(th, td)", "direction") == ["rtl", "ltr", "rtl", "ltr"]
+    assert set(styles("code", "direction") + styles(".code", "direction")) == {"ltr"}
+    page.locator("#question").fill("شكرا")
+    assert page.evaluate("getComputedStyle(question).direction") == "rtl"
+
+
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_a_long_conversation_scrolls_in_its_place_and_the_page_stays(page, viewport):
+    page.set_viewport_size(viewport)
+    import_file(page, {"messages": rounds(40)})
+    expect(page.locator(".turn")).to_have_count(40)
+    heights = "[document.documentElement.scrollHeight, document.body.scrollHeight]"
+    assert page.evaluate(heights) == [viewport["height"]] * 2
+    for which in ("first", "last"):  # as a screen reader goes from heading to heading
+        getattr(page.locator("h2.unseen"), which).evaluate("(heading) => heading.scrollIntoView()")
+        assert page.evaluate("[scrollY, document.body.scrollTop]") == [0, 0]
+        expect(page.locator("header")).to_be_in_viewport()
+
+
 def test_every_control_has_a_name(page, engine):
     engine.script["code"] = "```python\n1\n```"
     talk(page, "code")
@@ -737,6 +811,16 @@ def test_every_control_has_a_name(page, engine):
             .map((element) => element.outerHTML)"""
     )
     assert nameless == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_routes_fits_a_phone_and_follows_the_system_s_colours(page, network, scheme):
+    page.set_viewport_size(PHONE)
+    page.emulate_media(color_scheme=scheme)
+    page.goto(f"{network.url}/docs")
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    text = page.evaluate("getComputedStyle(document.documentElement).color")
+    assert text == {"light": "rgb(0, 0, 0)", "dark": "rgb(255, 255, 255)"}[scheme]
 
 
 # ---- what a model writes

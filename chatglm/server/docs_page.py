@@ -32,7 +32,8 @@ def docs_page(openapi: dict[str, Any], url: str) -> str:
     parts = "".join(_route(openapi, url, *route) for route in routes)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(openapi["info"]["title"])}</title>'
-        '<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="static/docs.css">'
+        '<meta name="viewport" content="width=device-width"><link rel="icon" href="static/icon.svg">'
+        '<link rel="stylesheet" href="static/docs.css">'
         f"<h1>{escape(openapi['info']['title'])}</h1><p>{escape(INTRODUCTION)}</p>{parts}</html>\n"
     )
 
@@ -42,7 +43,7 @@ def _route(openapi: dict[str, Any], url: str, path: str, method: str, operation:
     fields = "".join(_field(*field) for field in _fields(openapi, operation))
     table = f"<table><tr><th>field<th>type<th>meaning</tr>{fields}</table>" if fields else ""
     example = escape(_curl(url, path, method))
-    return f"<h2>{method.upper()} {escape(path)}</h2><p>{text}</p><pre>{example}</pre>{table}"
+    return f'<h2>{method.upper()} {escape(path)}</h2><p>{text}</p><pre tabindex="0">{example}</pre>{table}'
 
 
 def _curl(url: str, path: str, method: str) -> str:
@@ -74,8 +75,9 @@ def _type(openapi: dict[str, Any], field: dict[str, Any]) -> str:
         return " or ".join(json.dumps(value) for value in field["enum"])
     low = field.get("minimum", field.get("exclusiveMinimum"))
     high = field.get("maximum", field.get("exclusiveMaximum"))
-    bounds = f" from {low:g}" if low is not None and abs(low) < 1e9 else ""
-    return field.get("type", "") + bounds + (f" to {high:g}" if high is not None and abs(high) < 1e9 else "")
+    least = f" from {low:.12g}" if low is not None and abs(low) < 1e9 else ""
+    most = f" to {high:.12g}" if high is not None and abs(high) < 1e9 else ""
+    return field.get("type", "") + least + most
 
 
 def _resolved(openapi: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

@@ -89,12 +89,21 @@ async def load_model(body: LoadRequest, service: TheService, model: TheModel) ->
 
 
 @router.get("/", include_in_schema=False)
+@router.head("/", include_in_schema=False)
 async def page(request: Request) -> Response:
     """The chat page."""
     return _file(request, "index.html")
 
 
+@router.get("/favicon.ico", include_in_schema=False)
+@router.head("/favicon.ico", include_in_schema=False)
+async def icon(request: Request) -> Response:
+    """The page's icon, where browsers look for it by themselves."""
+    return _file(request, "icon.svg")
+
+
 @router.get("/static/{name:path}", include_in_schema=False)
+@router.head("/static/{name:path}", include_in_schema=False)
 async def static(name: str, request: Request) -> Response:
     """A file of the chat page."""
     return _file(request, name)

@@ -78,5 +78,6 @@ function refuse(attempt, refusal) {
   if (refusal.kind === "key") throw refusal;
   attempt.state = refusal.kind;
   attempt.message = refusal.message || undefined;
+  attempt.code = refusal.code || undefined;
   attempt.wait = refusal.wait;
 }

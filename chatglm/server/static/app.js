@@ -324,7 +324,7 @@ byId("file").addEventListener("change", async ({ target }) => {
   byId("settings").close();
   try {
     if (file.size > LARGEST_FILE) throw new Error("too large");
-    view.notify(text("imported", { count: take(fromFile(await file.text())) }));
+    view.notifyBriefly(text("imported", { count: take(fromFile(await file.text())) }));
   } catch {
     view.notify(text("importFailed"));
   }

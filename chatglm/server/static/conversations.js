@@ -5,8 +5,8 @@
 //   attempt      { question, answer, state, ... }                   state: one of STATES
 //
 // Beside these an attempt may have: model (its name), tokens, context (tokens of prompt and answer), seconds (from
-// the first token to the last), omitted (rounds that were not sent for lack of room), message (what the server
-// said), wait (seconds, until it may have room).
+// the first token to the last), omitted (rounds that were not sent for lack of room), message and code (what the
+// server said), wait (seconds, until it may have room).
 
 const STATES = ["running", "done", "stopped", "length", "lost", "offline", "busy", "refused"];
 
@@ -134,7 +134,7 @@ function soundAttempt(attempt) {
   if (typeof attempt?.question !== "string" || typeof attempt.answer !== "string") return null;
   const { question, answer } = attempt;
   const copy = { question, answer, state: STATES.includes(attempt.state) ? attempt.state : "done" };
-  for (const name of ["model", "message"]) if (typeof attempt[name] === "string") copy[name] = attempt[name];
+  for (const name of ["model", "message", "code"]) if (typeof attempt[name] === "string") copy[name] = attempt[name];
   for (const name of ["tokens", "context", "seconds", "omitted", "wait"]) {
     if (Number.isFinite(attempt[name]) && attempt[name] >= 0) copy[name] = attempt[name];
   }

@@ -201,14 +201,15 @@ function build(block, depth) {
 }
 
 const BUILDERS = {
-  paragraph: ({ text }) => inline(text.trimEnd(), element("p")),
-  heading: ({ level, text }) => inline(text.replace(/(^|[ \t])#+$/, ""), element(`h${Math.min(level + 2, 6)}`)),
+  // Inside of an item or a quote it would keep the text from deciding their direction.
+  paragraph: ({ text }, depth) => inline(text.trimEnd(), depth ? element("p") : directed("p")),
+  heading: ({ level, text }) => inline(text.replace(/(^|[ \t])#+$/, ""), directed(`h${Math.min(level + 2, 6)}`)),
   rule: () => element("hr"),
-  quote: ({ text }, depth) => inner(text, element("blockquote"), depth, true),
+  quote: ({ text }, depth) => inner(text, directed("blockquote"), depth, true),
   list({ start, loose, items }, depth) {
     const list = element(start === null ? "ul" : "ol");
     if (start > 1) list.start = start;
-    for (const item of items) list.append(inner(item, element("li"), depth, loose));
+    for (const item of items) list.append(inner(item, directed("li"), depth, loose));
     return list;
   },
   code({ language, text }) {
@@ -217,11 +218,13 @@ const BUILDERS = {
     const head = element("div", "code-head", [element("span", "", [language]), copy]);
     const pre = element("pre", "", [element("code", "", [document.createTextNode(text)])]);
     pre.tabIndex = 0; // wide code is scrolled by keyboard too
-    return element("div", "code", [head, pre]);
+    const box = element("div", "code", [head, pre]);
+    box.dir = "ltr";
+    return box;
   },
   table({ align, head, body }) {
     const tableRow = (cells, name) =>
-      element("tr", "", cells.map((cell, index) => inline(cell, element(name, `align-${align[index]}`))));
+      element("tr", "", cells.map((cell, index) => inline(cell, directed(name, `align-${align[index]}`))));
     const thead = element("thead", "", [tableRow(head, "th")]);
     const tbody = element("tbody", "", body.map((cells) => tableRow(cells, "td")));
     const scroller = element("div", "table", [element("table", "", [thead, tbody])]);
@@ -243,6 +246,13 @@ function element(name, className = "", children = []) {
   const made = document.createElement(name);
   if (className) made.className = className;
   for (const child of children) made.append(child);
+  return made;
+}
+
+/** An element that reads from right to left where its text does. */
+function directed(name, className = "") {
+  const made = element(name, className);
+  made.dir = "auto";
   return made;
 }
 
@@ -338,7 +348,9 @@ function code(text, start, codes) {
   if (end === undefined) return { content: text.slice(start, start + length), end: start + length };
   const content = text.slice(start + length, end).replaceAll("\n", " ");
   const padded = content.startsWith(" ") && content.endsWith(" ") && content.trim();
-  return { content: element("code", "", [padded ? content.slice(1, -1) : content]), end: end + length };
+  const made = element("code", "", [padded ? content.slice(1, -1) : content]);
+  made.dir = "ltr";
+  return { content: made, end: end + length };
 }
 
 function link(text, start, partners) {

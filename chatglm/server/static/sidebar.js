@@ -30,6 +30,7 @@ function newItem(id) {
   const item = document.createElement("li");
   const button = document.createElement("button");
   button.type = "button";
+  button.dir = "auto";
   item.append(button);
   items.set(id, item);
   return item;

@@ -3,9 +3,10 @@
 
 import { chosen } from "./conversations.js";
 import { render } from "./markdown.js";
-import { number, text, translate } from "./texts.js";
+import { number, text, translate, translated } from "./texts.js";
 
 const AT_END = 40; // pixels from the end that still count as being there
+const NOTICE = 6000; // milliseconds for which good news is shown
 
 const byId = (id) => document.getElementById(id);
 const scroller = byId("scroller");
@@ -39,6 +40,7 @@ export function drawTurn(turn, { last, running }) {
   const note = running ? "" : noteOf(attempt);
   setText(part(".note span"), note);
   part(".note").hidden = note === "";
+  drawRemedy(part(".note button"), attempt);
   part(".note button").hidden = !last || !RETRIED.includes(attempt.state);
   part(".tools").hidden = running;
   part(".tools [data-action=copy]").hidden = attempt.answer === "";
@@ -47,6 +49,14 @@ export function drawTurn(turn, { last, running }) {
   drawVersions(part(".versions"), turn, last);
   setText(part(".speed"), speedOf(attempt));
   keepAtEnd();
+}
+
+/** Another try, or another question where this one can never be answered. */
+function drawRemedy(button, { code }) {
+  const [action, key] = code === "context_length_exceeded" ? ["edit", "edit"] : ["again", "retry"];
+  if (button.dataset.action === action) return;
+  button.dataset.action = action;
+  translated(button, key);
 }
 
 function drawVersions(versions, turn, last) {
@@ -159,10 +169,20 @@ export function announce(message) {
   byId("status").textContent = message;
 }
 
+let fading; // timer of a notice that goes by itself
+
 /** A sentence at the top, until it is closed or another one takes its place; "" takes it away. */
 export function notify(message) {
+  clearTimeout(fading);
   byId("notice").querySelector("p").textContent = message;
   byId("notice").hidden = message === "";
+  keepAtEnd(); // at once: the scroll event, which comes first, would find the reader away from it
+}
+
+/** The same for good news, which goes by itself. */
+export function notifyBriefly(message) {
+  notify(message);
+  fading = setTimeout(notify, NOTICE, "");
 }
 
 function setText(element, content) {
