@@ -1,4 +1,4 @@
-"""Which devices there are, and one model on several GPUs: the published `load_model_on_gpus` and its device map."""
+"""One model on several GPUs: the published `load_model_on_gpus` and its device map."""
 
 from __future__ import annotations
 
@@ -18,24 +18,6 @@ AT_BOTH_ENDS = {
     CHATGLM: ["word_embeddings", "final_layernorm"],
     CHATGLM2: ["embedding", "encoder.final_layernorm", "output_layer"],
 }
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, such as "cpu" or "cuda:1"; ValueError where torch has none of it here."""
-    there = {"cpu": 1}
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator:
-        there[accelerator.type] = torch.accelerator.device_count()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or (device.index or 0) >= there.get(device.type, 0):
-        names = [f"{kind}:{i}" if i else kind for kind, count in there.items() for i in range(count)]
-        raise ValueError(
-            f"device is {name!r}, but torch has only {', '.join(names)} here; give one that there is."
-        )
-    return device
 
 
 def load_model_on_gpus(

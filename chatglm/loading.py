@@ -102,6 +102,24 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name, such as "cpu" or "cuda:1"; ValueError where torch has none of it here."""
+    there = {"cpu": 1}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator:
+        there[accelerator.type] = torch.accelerator.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= there.get(device.type, 0):
+        names = [f"{kind}:{i}" if i else kind for kind, count in there.items() for i in range(count)]
+        raise ValueError(
+            f"device is {name!r}, but torch has only {', '.join(names)} here; give one that there is."
+        )
+    return device
+
+
 def default_dtype(device: torch.device, checkpoint: Checkpoint) -> torch.dtype | str:
     """The checkpoint's own dtype on accelerators; on a CPU float32, or bfloat16 for large models.
 
@@ -113,20 +131,7 @@ def default_dtype(device: torch.device, checkpoint: Checkpoint) -> torch.dtype |
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return default_device()
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}; give cpu, cuda, cuda:1, mps, auto or the like.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {str(device)!r} but torch sees {torch.cuda.device_count()} CUDA devices; "
-            "leave device out to take the best there is."
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is 'mps' but this machine has none; leave device out.")
-    return device
+    return default_device() if device is None else find_device(str(device))
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

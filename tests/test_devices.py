@@ -19,12 +19,13 @@ from labelled_devices import DEVICES
 from transformers import StaticCache
 
 from chatglm import load, load_model_on_gpus
-from chatglm.devices import find_device, layers_on_gpus
+from chatglm.devices import layers_on_gpus
 from chatglm.engine.engine import Engine
 from chatglm.engine.request import Request
 from chatglm.hub.configuration_chatglm import ChatGLMConfig
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.quantization import ChatGLMQuantizationConfig, QuantizedLinear
+from chatglm.loading import find_device
 from chatglm.tools.convert import convert
 from chatglm.training.methods import training_device
 

@@ -58,7 +58,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
 def device(text: str) -> str:
     """One that `chatglm.load` takes; of unusual ones torch is asked, whose import takes seconds."""
     if text not in ("auto", "balanced", "cpu", "cuda", "mps"):
-        from chatglm.devices import find_device
+        from chatglm.loading import find_device
 
         try:
             find_device(text)

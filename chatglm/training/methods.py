@@ -21,11 +21,10 @@ import yaml
 from torch import nn
 
 from chatglm.checkpoint import read_config, read_weight_file
-from chatglm.devices import find_device
 from chatglm.hub.modeling_chatglm import PREFIX_DROPOUT, ChatGLMForConditionalGeneration, PrefixEncoder
 from chatglm.hub.quantization import QuantizedLinear
 from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
-from chatglm.loading import default_device, load
+from chatglm.loading import default_device, find_device, load
 from chatglm.training.processes import is_sharded, number_of_processes
 from chatglm.training.settings import RUN_FILES, Settings
 from chatglm.weights.read import read_state
