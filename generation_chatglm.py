@@ -2,7 +2,7 @@
 
 `generate`, streams and chats come through `decode_steps`; ChatGLMGenerationMixin at the end puts it into `generate`. It
 knows tokens and scores only: what the model makes of them is in modeling_chatglm.py, and all text in
-tokenization_chatglm.py.
+tokenization_chatglm.py and chat_chatglm.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .positions_chatglm import (
     two_dimensional_mask,
 )
 from .quantization import prepack_all
-from .quantization_kernels import product_dtype
+from .quantization_plain import product_dtype
 
 STEP = 256  # tokens by which caches, masks and rotary tables grow: short chats do not pay for long ones
 CHUNK = 1024  # tokens of a prompt that ChatGLM2 reads at once

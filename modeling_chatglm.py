@@ -2,7 +2,7 @@
 
 The file reads from the parts to the whole: what transformers asks of every model, the model, the language model, the
 classifier. Their layers are made in layers_chatglm.py, positions and masks in positions_chatglm.py; how tokens become
-longer texts is a mixin in generation_chatglm.py, and the methods that chat are one in tokenization_chatglm.py.
+longer texts is a mixin in generation_chatglm.py, and the methods that chat are one in chat_chatglm.py.
 "chatglm" is the first family (ChatGLM-6B v0.1, v1.1, Slim), "chatglm2" the second (ChatGLM2-6B, ChatGLM3-6B,
 CodeGeeX2).
 """
@@ -26,6 +26,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from .chat_chatglm import ChatMixin
 from .configuration_chatglm import (
     CHATGLM,
     CHATGLM2,
@@ -73,7 +74,6 @@ from .quantization import (
     quantize,
     register_with_transformers,
 )
-from .tokenization_chatglm import ChatMixin
 
 PREFIX_DROPOUT = 0.1
 

@@ -9,7 +9,7 @@ One row of a weight shares one scale, symmetric around zero:
 
 With a group size, which the published format does not have, every 32, 64 or 128 columns of a row share one
 scale: weight_scale is [out, in / group size], and older readers stop at its shape. Products with these
-weights are in quantization_kernels.py.
+weights are defined in quantization_plain.py and made fast in quantization_kernels.py.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .quantization_kernels import (
     Packed,
-    PlainProduct,
-    dequantize_weight,
     float_linear,
     may_pack,
     may_pack_float,
@@ -41,10 +39,10 @@ from .quantization_kernels import (
     packed_linear,
     quantized_linear,
     register,
-    unpack_int4,
 )
+from .quantization_plain import PlainProduct, dequantize_weight, unpack_int4
 
-__all__ = ["dequantize_weight", "unpack_int4"]  # defined beside the kernels, part of the format
+__all__ = ["dequantize_weight", "unpack_int4"]  # defined with the plain product, part of the format
 
 QUANTIZED_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 GROUP_SIZES = (32, 64, 128)

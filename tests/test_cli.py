@@ -13,7 +13,7 @@ import pytest
 import chatglm
 from chatglm.cli import main
 from chatglm.cli.chat import add_arguments
-from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
+from chatglm.hub.chat_chatglm import CHAT_DEFAULTS
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from chatglm.hub import quantization_gpu as gpu
 from chatglm.hub import quantization_kernels as kernels
+from chatglm.hub import quantization_plain as plain
 
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [*HALVES, torch.float32]
@@ -49,7 +51,7 @@ def operands(
 
 def exact(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """The product in float64."""
-    return x.double() @ kernels.dequantize_weight(weight, scale.double(), bits).t()
+    return x.double() @ plain.dequantize_weight(weight, scale.double(), bits).t()
 
 
 def assert_near(y: torch.Tensor, expected: torch.Tensor) -> None:
@@ -65,8 +67,8 @@ def assert_near(y: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.fixture
 def nvrtc(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     major = getattr(request, "param", 13)
-    monkeypatch.setattr(kernels, "cuda_major", lambda: major)
-    if kernels.find_cuda_library("nvrtc") is None:
+    monkeypatch.setattr(gpu, "cuda_major", lambda: major)
+    if gpu.find_cuda_library("nvrtc") is None:
         pytest.skip(f"NVRTC {major} is not installed")
     return major
 
@@ -77,40 +79,40 @@ def nvrtc(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 )
 def test_every_kernel_compiles_for_every_generation_of_cards(nvrtc, card):
     try:
-        kernels.cuda_architecture(kernels.load_nvrtc(), card)
-    except kernels.MissingForCuda as missing:
+        gpu.cuda_architecture(gpu.load_nvrtc(), card)
+    except gpu.MissingForCuda as missing:
         pytest.skip(str(missing))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        images = list(pool.map(lambda unit: kernels.compile_cuda(card, *unit), UNITS))
+        images = list(pool.map(lambda unit: gpu.compile_cuda(card, *unit), UNITS))
     for (dtype, bits, group), image in zip(UNITS, images, strict=True):
         names = set(ANY_CARD)
-        if card >= kernels.TENSOR_CORES_FROM.get(dtype, (99, 0)):
+        if card >= gpu.TENSOR_CORES_FROM.get(dtype, (99, 0)):
             names |= set(TENSOR_CORES)
         assert image.startswith(b"\x7fELF")
         assert {name for name in names if name.encode() + b"\0" not in image} == set(), (dtype, bits, group)
 
 
 def test_a_card_newer_than_the_compiler_gets_code_that_its_driver_translates(nvrtc):
-    image = kernels.compile_cuda((15, 0), torch.float32, 8, 0)
+    image = gpu.compile_cuda((15, 0), torch.float32, 8, 0)
     assert b".visible .entry multiply_1(" in image and image.endswith(b"\0")
 
 
 def test_a_card_too_old_for_the_compiler_is_named_in_a_sentence(nvrtc):
-    with pytest.raises(kernels.MissingForCuda, match=r"capability 7\.5 and newer, and the card has 7\.0"):
-        kernels.compile_cuda((7, 0), torch.float16, 8, 0)
+    with pytest.raises(gpu.MissingForCuda, match=r"capability 7\.5 and newer, and the card has 7\.0"):
+        gpu.compile_cuda((7, 0), torch.float16, 8, 0)
 
 
 def test_source_that_does_not_compile_raises_with_the_log_of_the_compiler(nvrtc, monkeypatch):
-    monkeypatch.setattr(kernels, "CUDA_KERNELS", "KERNEL wrong(int a) { a = undeclared; }")
+    monkeypatch.setattr(gpu, "CUDA_KERNELS", "KERNEL wrong(int a) { a = undeclared; }")
     with pytest.raises(RuntimeError, match='identifier "undeclared" is undefined'):
-        kernels.compile_cuda((8, 0), torch.float16, 8, 0)
+        gpu.compile_cuda((8, 0), torch.float16, 8, 0)
 
 
 def test_a_missing_compiler_is_named_with_its_package(monkeypatch):
-    monkeypatch.setattr(kernels, "find_cuda_library", lambda name: None)
-    monkeypatch.setattr(kernels, "cuda_major", lambda: 12)
-    with pytest.raises(kernels.MissingForCuda, match="NVRTC 12: pip install nvidia-cuda-nvrtc-cu12"):
-        kernels.load_nvrtc()
+    monkeypatch.setattr(gpu, "find_cuda_library", lambda name: None)
+    monkeypatch.setattr(gpu, "cuda_major", lambda: 12)
+    with pytest.raises(gpu.MissingForCuda, match="NVRTC 12: pip install nvidia-cuda-nvrtc-cu12"):
+        gpu.load_nvrtc()
 
 
 # ---- launches, on a CPU that plays the card
@@ -126,10 +128,10 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         unit = unit_name(dtype, bits, group)
         parts += [
             f"#define {macro}"
-            for macro in (f"TYPE {kernels.NUMBER_TYPES[dtype]}", f"BITS {bits}", f"GROUP {group}")
+            for macro in (f"TYPE {gpu.NUMBER_TYPES[dtype]}", f"BITS {bits}", f"GROUP {group}")
         ]
         parts += ["#define TENSOR_CORES"] if dtype in HALVES else []
-        parts += [f"namespace {unit} {{", kernels.CUDA_KERNELS]
+        parts += [f"namespace {unit} {{", gpu.CUDA_KERNELS]
         for name, parameters in {**ANY_CARD, **(TENSOR_CORES if dtype in HALVES else {})}.items():
             arguments = ", ".join(f"get<{kind}>(arguments, {i})" for i, kind in enumerate(parameters))
             parts.append(f"void run_{name}(void **arguments) {{ {name}({arguments}); }}")
@@ -153,14 +155,14 @@ static const Entry *find(const std::string &name) {
 
 
 def unit_name(dtype: torch.dtype, bits: int, group: int) -> str:
-    return f"unit_{kernels.NUMBER_TYPES[dtype]}_{bits}_{group}"
+    return f"unit_{gpu.NUMBER_TYPES[dtype]}_{bits}_{group}"
 
 
 def forget_cpm_kernels() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "cpm_kernels"]:
         del sys.modules[name]
-    kernels.load_cpm_kernels.cache_clear()
-    kernels.cuda_kernels.cache_clear()
+    gpu.load_cpm_kernels.cache_clear()
+    gpu.cuda_kernels.cache_clear()
 
 
 @pytest.fixture
@@ -168,11 +170,11 @@ def card(emulator: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDL
     """The emulator in the place of the CUDA libraries; cpm_kernels itself is the real one."""
     if importlib.util.find_spec("cpm_kernels") is None:
         pytest.skip("cpm_kernels is not installed")
-    find = kernels.find_cuda_library
+    find = gpu.find_cuda_library
     monkeypatch.setattr(
         kernels, "find_cuda_library", lambda name: find(name) if name == "nvrtc" else str(emulator)
     )
-    monkeypatch.setattr(kernels, "compile_cuda", lambda card, *unit: unit_name(*unit).encode())
+    monkeypatch.setattr(gpu, "compile_cuda", lambda card, *unit: unit_name(*unit).encode())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=41))
@@ -195,7 +197,7 @@ WHOLE = [(1, 40, 512), (3, 37, 416), (8, 16, 64), (9, 20, 128), (16, 33, 1056), 
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
 def test_tensor_cores_multiply_as_the_definition_does(card, shape, dtype, bits, group):
     x, weight, scale = operands(*shape, bits, group, dtype)
-    y = kernels.cuda_linear(x, weight, scale, bits)
+    y = gpu.cuda_linear(x, weight, scale, bits)
     assert last_kernel(card) == f"multiply_tensor_{8 if shape[0] <= 8 else 16}"
     assert_near(y, exact(x, weight, scale, bits))
 
@@ -209,14 +211,14 @@ def test_cards_without_tensor_cores_multiply_as_the_definition_does(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
     x, weight, scale = operands(tokens, 19, 416, bits, group, dtype)
-    y = kernels.cuda_linear(x, weight, scale, bits)
+    y = gpu.cuda_linear(x, weight, scale, bits)
     assert last_kernel(card) == ("multiply_1" if tokens == 1 else "multiply_4")
     assert_near(y, exact(x, weight, scale, bits))
 
 
 def test_rows_that_fill_no_piece_are_multiplied_without_tensor_cores(card):
     x, weight, scale = operands(3, 10, 56, 4)
-    y = kernels.cuda_linear(x, weight, scale, 4)
+    y = gpu.cuda_linear(x, weight, scale, 4)
     assert last_kernel(card) == "multiply_4"
     assert_near(y, exact(x, weight, scale, 4))
 
@@ -225,20 +227,18 @@ def test_rows_that_fill_no_piece_are_multiplied_without_tensor_cores(card):
 @pytest.mark.parametrize(("bits", "columns"), [(8, 30), (4, 100)])
 def test_rows_that_fill_no_word_are_left_to_the_definition(tokens, bits, columns):
     x, weight, scale = operands(tokens, 10, columns, bits, dtype=torch.float32)
-    assert torch.equal(
-        kernels.cuda_linear(x, weight, scale, bits), kernels.plain_linear(x, weight, scale, bits)
-    )
+    assert torch.equal(gpu.cuda_linear(x, weight, scale, bits), plain.plain_linear(x, weight, scale, bits))
 
 
 def test_activations_may_begin_at_any_address(card):
     x, weight, scale = operands(4, 9, 128, 8)
     crooked = torch.cat([x[0, :1], x.flatten()])[1:].view_as(x)
-    assert_near(kernels.cuda_linear(crooked, weight, scale, 8), exact(x, weight, scale, 8))
+    assert_near(gpu.cuda_linear(crooked, weight, scale, 8), exact(x, weight, scale, 8))
 
 
 def test_activations_may_be_transposed(card):
     x, weight, scale = operands(4, 9, 128, 8)
-    assert_near(kernels.cuda_linear(x.t().contiguous().t(), weight, scale, 8), exact(x, weight, scale, 8))
+    assert_near(gpu.cuda_linear(x.t().contiguous().t(), weight, scale, 8), exact(x, weight, scale, 8))
 
 
 @pytest.mark.parametrize("scale_dtype", FLOATS)
@@ -246,7 +246,7 @@ def test_activations_may_be_transposed(card):
 @pytest.mark.parametrize("group", [0, 32])
 def test_scales_may_have_another_dtype_than_the_activations(card, group, dtype, scale_dtype):
     x, weight, scale = operands(2, 18, 256, 4, group, dtype, scale_dtype)
-    assert_near(kernels.cuda_linear(x, weight, scale, 4), exact(x, weight, scale, 4))
+    assert_near(gpu.cuda_linear(x, weight, scale, 4), exact(x, weight, scale, 4))
 
 
 @pytest.mark.parametrize("group", [0, 32])
@@ -255,13 +255,13 @@ def test_scales_may_have_another_dtype_than_the_activations(card, group, dtype, 
 @pytest.mark.parametrize("columns", [96, 4640])
 def test_dequantizing_rounds_once(card, columns, dtype, bits, group):
     _, weight, scale = operands(1, 11, columns, bits, group, dtype)
-    y = kernels.cuda_dequantize(weight, scale, bits, dtype)
-    assert torch.equal(y, kernels.dequantize_weight(weight, scale.float(), bits).to(dtype))
+    y = gpu.cuda_dequantize(weight, scale, bits, dtype)
+    assert torch.equal(y, plain.dequantize_weight(weight, scale.float(), bits).to(dtype))
 
 
 def test_more_than_sixteen_tokens_are_multiplied_by_the_dequantized_weight(card):
     x, weight, scale = operands(17, 12, 64, 4)
-    y = kernels.cuda_linear(x, weight, scale, 4)
+    y = gpu.cuda_linear(x, weight, scale, 4)
     assert last_kernel(card) == "dequantize"
     assert_near(y, exact(x, weight, scale, 4))
 
@@ -271,12 +271,12 @@ def test_nothing_is_launched_for_an_empty_product(card, shape):
     tokens, rows = shape
     before = ctypes.c_int.in_dll(card, "launches").value
     x, weight, scale = operands(tokens, rows, 32, 8)
-    assert kernels.cuda_linear(x, weight, scale, 8).shape == (tokens, rows)
+    assert gpu.cuda_linear(x, weight, scale, 8).shape == (tokens, rows)
     assert ctypes.c_int.in_dll(card, "launches").value == before
 
 
 def test_kernels_are_launched_on_the_stream_that_torch_uses(card):
-    kernels.cuda_linear(*operands(1, 8, 64, 8), 8)
+    gpu.cuda_linear(*operands(1, 8, 64, 8), 8)
     assert ctypes.c_void_p.in_dll(card, "last_stream").value == 41
 
 
@@ -293,24 +293,24 @@ def nvidia_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_path_says_what_it_is_for():
-    assert "not for cpu" in kernels.cuda_missing("cpu")
+    assert "not for cpu" in gpu.cuda_missing("cpu")
 
 
 def test_a_missing_cpm_kernels_is_named(nvidia_build, monkeypatch):
     monkeypatch.setitem(sys.modules, "cpm_kernels", None)
-    assert kernels.cuda_missing("cuda").endswith("pip install cpm_kernels.")
+    assert gpu.cuda_missing("cuda").endswith("pip install cpm_kernels.")
 
 
 def test_cpm_kernels_without_a_driver_is_a_sentence_and_leaves_nothing_behind(nvidia_build, monkeypatch):
     pytest.importorskip("nvidia", reason="cpm_kernels and NVRTC are not installed")
-    monkeypatch.setattr(kernels, "find_cuda_library", lambda name: None)
+    monkeypatch.setattr(gpu, "find_cuda_library", lambda name: None)
     before = set(sys.modules)
-    assert kernels.cuda_missing("cuda").startswith("cpm_kernels does not run here (")
+    assert gpu.cuda_missing("cuda").startswith("cpm_kernels does not run here (")
     assert {name for name in set(sys.modules) - before if "cpm" in name or name == "pkg_resources"} == set()
 
 
 def test_nothing_is_missing_where_driver_and_compiler_are_there(card, nvidia_build, nvrtc):
-    assert kernels.cuda_missing("cuda") is None
+    assert gpu.cuda_missing("cuda") is None
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_operands_that_do_not_fit_together_are_refused_in_a_sentence(change, mes
         "bits": 8,
     }
     with pytest.raises(ValueError, match=message):
-        kernels.cuda_linear(**{**operands, **change})
+        gpu.cuda_linear(**{**operands, **change})
 
 
 # ---- on a card
@@ -365,7 +365,7 @@ ON_CARD = pytest.mark.parametrize("cuda", ["cuda", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_card_multiplies_as_the_definition_does(cuda, dtype, bits):
     shapes = [*WHOLE, (3, 10, 100), (40, 96, 256), (1, 4608, 4096), (5, 4096, 13696), (16, 27392, 4096)]
-    for group, shape in itertools.product((0, *kernels.GROUPS), shapes):
+    for group, shape in itertools.product((0, *gpu.GROUPS), shapes):
         if shape[2] % (group or 1) == 0:
             x, weight, scale = (tensor.cuda() for tensor in operands(*shape, bits, group, dtype))
             assert_near(cuda(x, weight, scale, bits), exact(x, weight, scale, bits))

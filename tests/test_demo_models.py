@@ -191,7 +191,7 @@ def test_a_sample_of_the_held_out_questions_goes_as_well_as_the_card_says(chatte
     assert right / len(items) >= claimed - 0.1  # a sample of about 130 of 1500
 
 
-def test_it_loads_as_remote_code_with_the_seven_files_beside_it(chatter, tmp_path):
+def test_it_loads_as_remote_code_with_its_files_beside_it(chatter, tmp_path):
     """In a process that never imports chatglm."""
     for file in chatter.folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

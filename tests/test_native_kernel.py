@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from chatglm.hub import quantization_kernels as kernels
+from chatglm.hub import quantization_native as native
+from chatglm.hub import quantization_plain as plain
 
 # Compiling the source takes seconds; tests that only need some library compile this one.
 WRONG_SOURCE = "int chatglm_linear(void *linear, void *pool) { return 0; }"
@@ -21,7 +23,7 @@ WRONG_SOURCE = "int chatglm_linear(void *linear, void *pool) { return 0; }"
 def _fresh() -> Iterator[None]:
     """What one test built or chose is not remembered in the next."""
     yield
-    kernels.native_kernel.cache_clear()
+    native.native_kernel.cache_clear()
     kernels._choose_path.cache_clear()
 
 
@@ -38,8 +40,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        kernels.native_kernel.cache_clear()
-        assert kernels.native_missing() is None
+        native.native_kernel.cache_clear()
+        assert native.native_missing() is None
     return cache
 
 
@@ -53,7 +55,7 @@ def cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernels.native_kernel.cache_clear()
+    native.native_kernel.cache_clear()
     return tmp_path / "cache"
 
 
@@ -68,11 +70,11 @@ def random_weight(bits: int, out: int, columns: int, group: int = 0, dtype: torc
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """By the kernel itself: a fallback to the definition would make every comparison true."""
     group = weight.shape[1] * 8 // bits // scale.shape[1] if scale.dim() == 2 else 0
-    return kernels._run_native(kernels.native_kernel(), x, weight, scale, bits, group)
+    return native._run_native(native.native_kernel(), x, weight, scale, bits, group)
 
 
 def definition(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    return x.double() @ kernels.dequantize_weight(weight, scale.double(), bits).T
+    return x.double() @ plain.dequantize_weight(weight, scale.double(), bits).T
 
 
 def assert_close(y: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -102,11 +104,11 @@ def test_equals_the_definition_for_few_and_for_many_rows(
     cache: Path, bits: int, out: int, columns: int, group: int
 ) -> None:
     weight, scale = random_weight(bits, out, columns, group)
-    for rows in (*range(1, 9), 16, 31, kernels.NATIVE_ROWS):
+    for rows in (*range(1, 9), 16, 31, native.NATIVE_ROWS):
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
         error = product(x, weight, scale, bits) - definition(x, weight, scale, bits)
         # what the summands add up to if none cancels another
-        size = (x.double() ** 2 @ kernels.dequantize_weight(weight, scale.double(), bits).T ** 2).sqrt()
+        size = (x.double() ** 2 @ plain.dequantize_weight(weight, scale.double(), bits).T ** 2).sqrt()
         assert error.norm() < SIXTEEN_BITS * size.norm(), f"{rows} rows: {(error / size).abs().max():.1e}"
 
 
@@ -159,7 +161,7 @@ def test_an_outlier_costs_its_neighbours_only(cache: Path) -> None:
     x = torch.randn(1, 4096, generator=torch.Generator().manual_seed(5))
     without = x.clone()
     x[0, 5], without[0, 5] = 3000.0, 0.0
-    quiet = kernels.dequantize_weight(weight, scale.double(), 4)
+    quiet = plain.dequantize_weight(weight, scale.double(), 4)
     y = product(x, weight, scale, 4).double() - 3000.0 * quiet[:, 5]
     assert_close(y, without.double() @ quiet.T, 1.8e-2)
 
@@ -183,7 +185,7 @@ def test_a_row_of_zeros_gives_zeros(cache: Path) -> None:
 
 @pytest.mark.parametrize("group", [0, 32])
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("rows", [0, kernels.NATIVE_ROWS + 1])
+@pytest.mark.parametrize("rows", [0, native.NATIVE_ROWS + 1])
 def test_other_numbers_of_rows_equal_the_definition(
     cache: Path, rows: int, capability: str, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +193,7 @@ def test_other_numbers_of_rows_equal_the_definition(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     weight, scale = random_weight(4, 8, 64, group)
     x = torch.randn(rows, 64)
-    y = kernels.native_linear(x, weight, scale, 4)
+    y = native.native_linear(x, weight, scale, 4)
     torch.testing.assert_close(y, definition(x, weight, scale, 4).float(), rtol=1e-4, atol=2e-4)
 
 
@@ -199,7 +201,7 @@ def test_one_scale_for_a_group_of_odd_size_takes_the_definition(cache: Path) -> 
     weight, _ = random_weight(4, 8, 1024)
     scale = torch.rand(8, 1)
     x = torch.randn(2, 1024)
-    y = kernels.native_linear(x, weight, scale, 4)
+    y = native.native_linear(x, weight, scale, 4)
     torch.testing.assert_close(y, definition(x, weight, scale, 4).float(), rtol=1e-4, atol=1e-3)
 
 
@@ -236,7 +238,7 @@ def test_it_is_never_chosen_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_library_that_was_built_is_used_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = next((cache / "chatglm/kernels").iterdir())
     before = library.stat().st_mtime_ns
-    assert kernels._build_native(library.parent) == library
+    assert native._build_native(library.parent) == library
     assert library.stat().st_mtime_ns == before
     assert library.stat().st_mode & 0o777 == 0o700 and library.parent.stat().st_mode & 0o777 == 0o700
 
@@ -245,10 +247,10 @@ def test_a_library_that_was_built_is_used_again(cache: Path, monkeypatch: pytest
 def test_another_source_or_compiler_is_another_library(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "NATIVE_SOURCE", WRONG_SOURCE)
-    first = kernels._build_native(kernels._native_folder())
-    monkeypatch.setattr(kernels, "NATIVE_FLAGS", (*kernels.NATIVE_FLAGS, "-DOTHER"))
-    second = kernels._build_native(kernels._native_folder())
+    monkeypatch.setattr(native, "NATIVE_SOURCE", WRONG_SOURCE)
+    first = native._build_native(native._native_folder())
+    monkeypatch.setattr(native, "NATIVE_FLAGS", (*native.NATIVE_FLAGS, "-DOTHER"))
+    second = native._build_native(native._native_folder())
     assert sorted((empty_cache / "chatglm/kernels").iterdir()) == sorted((first, second))
 
 
@@ -270,8 +272,8 @@ def test_without_a_compiler_it_falls_back_and_says_so_once(
 
 @needs_compiler
 def test_a_compiler_that_fails_is_quoted(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "NATIVE_SOURCE", "int broken(")
-    assert "error" in kernels.native_missing()
+    monkeypatch.setattr(native, "NATIVE_SOURCE", "int broken(")
+    assert "error" in native.native_missing()
     assert not any((empty_cache / "chatglm/kernels").iterdir())
 
 
@@ -282,12 +284,12 @@ def test_a_compiler_without_native_targets_compiles_for_any_processor(
     compiler = tmp_path / "old-cc"
     compiler.write_text(
         '#!/bin/sh\ncase "$*" in *=native*) echo "error: bad option" >&2; exit 1;; esac\n'
-        f'exec {kernels._find_compiler()[0]} "$@"\n'
+        f'exec {native._find_compiler()[0]} "$@"\n'
     )
     compiler.chmod(0o700)
     monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setattr(kernels, "NATIVE_SOURCE", WRONG_SOURCE)
-    assert kernels._build_native(kernels._native_folder()).exists()
+    monkeypatch.setattr(native, "NATIVE_SOURCE", WRONG_SOURCE)
+    assert native._build_native(native._native_folder()).exists()
 
 
 @needs_compiler
@@ -295,9 +297,9 @@ def test_the_plain_instructions_of_any_processor_pass_the_check(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The narrow vectors and plain C: what is left of the source without -march."""
-    monkeypatch.setattr(kernels, "NATIVE_TARGETS", ((),))
-    monkeypatch.setattr(kernels, "NATIVE_FLAGS", ("-O0", *kernels.NATIVE_FLAGS[1:]))
-    assert kernels.native_missing() is None
+    monkeypatch.setattr(native, "NATIVE_TARGETS", ((),))
+    monkeypatch.setattr(native, "NATIVE_FLAGS", ("-O0", *native.NATIVE_FLAGS[1:]))
+    assert native.native_missing() is None
 
 
 @needs_compiler
@@ -309,27 +311,27 @@ def test_the_plain_instructions_of_any_processor_pass_the_check(
 def test_a_build_that_computes_something_else_is_not_used(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, str] | None
 ) -> None:
-    source = kernels.NATIVE_SOURCE.replace(*wrong) if wrong else WRONG_SOURCE
-    assert source != kernels.NATIVE_SOURCE
-    monkeypatch.setattr(kernels, "NATIVE_SOURCE", source)
-    monkeypatch.setattr(kernels, "NATIVE_FLAGS", ("-O0", *kernels.NATIVE_FLAGS[1:]))
-    assert "fails its check against the definition" in kernels.native_missing()
+    source = native.NATIVE_SOURCE.replace(*wrong) if wrong else WRONG_SOURCE
+    assert source != native.NATIVE_SOURCE
+    monkeypatch.setattr(native, "NATIVE_SOURCE", source)
+    monkeypatch.setattr(native, "NATIVE_FLAGS", ("-O0", *native.NATIVE_FLAGS[1:]))
+    assert "fails its check against the definition" in native.native_missing()
 
 
 @needs_compiler
 def test_a_library_without_the_function_is_not_used(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "NATIVE_SOURCE", "int something_else;")
-    assert "chatglm_linear" in kernels.native_missing()
+    monkeypatch.setattr(native, "NATIVE_SOURCE", "int something_else;")
+    assert "chatglm_linear" in native.native_missing()
 
 
 @needs_compiler
 @pytest.mark.parametrize("which", ["chatglm", "chatglm/kernels"])
 def test_a_folder_that_others_can_write_to_is_refused(empty_cache: Path, which: str) -> None:
-    folder = kernels._native_folder()
+    folder = native._native_folder()
     (empty_cache / which).chmod(0o777)
-    message = kernels.native_missing()
+    message = native.native_missing()
     assert message is not None and str(empty_cache / which) in message and "XDG_CACHE_HOME" in message
     assert not any(folder.iterdir())
 
@@ -337,9 +339,9 @@ def test_a_folder_that_others_can_write_to_is_refused(empty_cache: Path, which: 
 def test_a_folder_or_library_of_another_owner_is_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels.native_kernel.cache_clear()
+    native.native_kernel.cache_clear()
     monkeypatch.setattr(os, "getuid", lambda: os.stat(cache).st_uid + 1)
-    assert "which others can write to or own" in kernels.native_missing()
+    assert "which others can write to or own" in native.native_missing()
 
 
 @needs_compiler
@@ -347,15 +349,15 @@ def test_a_folder_or_library_of_another_owner_is_refused(
 def test_a_planted_library_is_not_loaded(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
 ) -> None:
-    monkeypatch.setattr(kernels, "NATIVE_SOURCE", WRONG_SOURCE)
-    library = kernels._build_native(kernels._native_folder())
+    monkeypatch.setattr(native, "NATIVE_SOURCE", WRONG_SOURCE)
+    library = native._build_native(native._native_folder())
     if planted == "writable":
         library.chmod(0o777)
     else:
         library.rename(tmp_path / "elsewhere.so")
         library.symlink_to(tmp_path / "elsewhere.so")
-    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda path: pytest.fail(f"loaded {path}"))
-    assert str(library) in kernels.native_missing()
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: pytest.fail(f"loaded {path}"))
+    assert str(library) in native.native_missing()
 
 
 def test_a_cache_that_cannot_be_written_is_a_sentence(
@@ -363,5 +365,5 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    kernels.native_kernel.cache_clear()
-    assert "could not be built or loaded" in kernels.native_missing()
+    native.native_kernel.cache_clear()
+    assert "could not be built or loaded" in native.native_missing()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chatglm.hub import quantization_kernels as kernels
+from chatglm.hub import quantization_plain as plain
 from chatglm.hub.quantization import Linear, QuantizedLinear, quantize_weight
 from chatglm.hub.quantization_kernels import (
     AtenInt4,
@@ -22,15 +23,13 @@ from chatglm.hub.quantization_kernels import (
     FbgemmInt8,
     OneDnnFloat,
     OneDnnInt8,
-    dequantize_weight,
     digits,
     float_linear,
-    multiply_in_chunks,
     pack,
-    plain_on_cpu,
     quantized_linear,
     small_digits,
 )
+from chatglm.hub.quantization_plain import dequantize_weight, multiply_in_chunks, plain_on_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 256), (96, 128), (72, 544)]  # rows that fill no block of 64, columns of 17 groups
@@ -187,7 +186,7 @@ def test_onednns_int8_product_is_right_where_nothing_saturates():
 
 
 def test_many_bfloat16_rows_take_the_bfloat16_product(monkeypatch):
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(plain, "multiplies_bfloat16", lambda: True)
     weight, scale = every_byte(64, 256) >> 4, scales(64, 256, None)
     x = random(OneDnnInt8.MANY_ROWS, 256, seed=2).bfloat16()
     assert error(OneDnnInt8(weight, scale)(x), expected(x, weight, scale, 8)) < IN_BFLOAT16
@@ -224,7 +223,7 @@ def no_bfloat16(monkeypatch):
     """A CPU without instructions for bfloat16."""
     if torch.backends.quantized.engine not in ("fbgemm", "x86"):
         pytest.skip("torch has no FBGEMM on this CPU")
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(plain, "multiplies_bfloat16", lambda: False)
 
 
 def test_bfloat16_weights_that_float16_cannot_hold_stay_as_they_are(no_bfloat16):
@@ -259,7 +258,7 @@ def test_the_definition_is_as_exact_as_its_dtype(dtype, bits):
 
 
 def test_a_product_in_chunks_equals_the_whole_one(monkeypatch):
-    monkeypatch.setitem(kernels.CHUNK, "cpu", 64 * 50)
+    monkeypatch.setitem(plain.CHUNK, "cpu", 64 * 50)
     weight, x = random(200, 50), random(7, 50, seed=2)
     seen = []
     y = multiply_in_chunks(x, 200, lambda rows: seen.append(rows) or weight[rows])
@@ -445,5 +444,5 @@ def test_kinds_exist_for_this_machine():
     assert type(pack(*packed_weight(64, 256, 8), 8)) is int8
     assert type(pack(*packed_weight(64, 256, 4), 4)) is AtenInt4
     assert type(kernels.pack_float(random(64, 64))) is OneDnnFloat
-    if not kernels.multiplies_bfloat16() and torch.backends.quantized.engine in ("fbgemm", "x86"):
+    if not plain.multiplies_bfloat16() and torch.backends.quantized.engine in ("fbgemm", "x86"):
         assert type(kernels.pack_float(random(64, 64).half())) is FbgemmHalf

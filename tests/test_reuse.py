@@ -14,8 +14,8 @@ from transformers import LogitsProcessor
 
 from chatglm.cli.backends import LoadedModel
 from chatglm.cli.conversation import Conversation as Talk
+from chatglm.hub.chat_chatglm import trim_history
 from chatglm.hub.generation_chatglm import STEP, GrowingLayer, PromptCache
-from chatglm.hub.tokenization_chatglm import trim_history
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 QUERIES = [

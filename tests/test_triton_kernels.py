@@ -13,7 +13,8 @@ import sys
 import pytest
 import torch
 
-from chatglm.hub import quantization_kernels as kernels
+from chatglm.hub import quantization_gpu as gpu
+from chatglm.hub import quantization_plain as plain
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 LIMIT = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 1e-6}
@@ -59,8 +60,8 @@ def operands(
 
 
 def assert_is_the_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> None:
-    y = kernels.triton_linear(x, weight, scale, bits)
-    expected = x.double() @ kernels.dequantize_weight(weight, scale.double(), bits).t()
+    y = gpu.triton_linear(x, weight, scale, bits)
+    expected = x.double() @ plain.dequantize_weight(weight, scale.double(), bits).t()
     assert y.dtype == x.dtype and y.shape == expected.shape
     assert (y.double() - expected).norm() / expected.norm() < LIMIT[x.dtype]
 
@@ -92,28 +93,28 @@ def interpreted_products_of_any_size_are_those_of_the_definition(shape, bits):
 @pytest.mark.parametrize("dtype", FLOATS)
 def interpreted_dequantizing_rounds_once(dtype, bits, group):
     _, weight, scale = operands(1, 3, 1056, bits, group, dtype)
-    y = kernels.triton_dequantize(weight, scale.to(dtype), bits, dtype)
-    expected = kernels.dequantize_weight(weight, scale.to(dtype).float(), bits).to(dtype)
+    y = gpu.triton_dequantize(weight, scale.to(dtype), bits, dtype)
+    expected = plain.dequantize_weight(weight, scale.to(dtype).float(), bits).to(dtype)
     # The interpreter cuts bits off where a card rounds to the nearest bfloat16.
     torch.testing.assert_close(y, expected, atol=0, rtol=2**-7 if dtype == torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=["no tokens", "no rows"])
 def interpreted_empty_products_are_empty(shape):
-    assert kernels.triton_linear(*operands(*shape, 32, 8, 0, torch.float16), 8).shape == shape
+    assert gpu.triton_linear(*operands(*shape, 32, 8, 0, torch.float16), 8).shape == shape
 
 
 def test_the_path_says_what_it_is_for():
-    assert "not for cpu" in kernels.triton_missing("cpu")
+    assert "not for cpu" in gpu.triton_missing("cpu")
 
 
 def test_a_missing_triton_is_named(monkeypatch):
-    monkeypatch.setattr(kernels, "triton", None)
-    assert kernels.triton_missing("cuda").endswith("pip install triton.")
+    monkeypatch.setattr(gpu, "triton", None)
+    assert gpu.triton_missing("cuda").endswith("pip install triton.")
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert "install gcc or clang" in kernels.triton_missing("cuda")
+    assert "install gcc or clang" in gpu.triton_missing("cuda")

@@ -254,7 +254,8 @@ class LoadedModel:
 
     def _with_room(self, messages: list[Message]) -> tuple[list[Message], int]:
         """The system message and the newest rounds after which an answer has room; how many rounds that leaves out."""
-        from chatglm.hub.tokenization_chatglm import split_messages, trim_history
+        from chatglm.hub.chat_chatglm import trim_history
+        from chatglm.hub.tokenization_chatglm import split_messages
 
         system = messages[:1] if messages[0]["role"] == "system" else []
         history, query, _ = split_messages(messages[len(system) :])
@@ -266,7 +267,7 @@ class LoadedModel:
 
 
 def _default_max_length(model: ChatGLMForConditionalGeneration) -> int:
-    from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
+    from chatglm.hub.chat_chatglm import CHAT_DEFAULTS
 
     published = CHAT_DEFAULTS[model.config.family]["max_length"]
     return min(published, model.config.max_position_embeddings)

@@ -24,9 +24,9 @@ from chatglm.engine.guide import JsonGuide, JsonGuides, grammar_of
 from chatglm.engine.request import EngineClosed, QueueFull, Request, check_request
 from chatglm.engine.rows import Rows
 from chatglm.engine.sampling import Chooser, choose
+from chatglm.hub.chat_chatglm import CHAT_DEFAULTS
 from chatglm.hub.generation_chatglm import GrowingCache, read_prompt
 from chatglm.hub.positions_chatglm import check_prompt
-from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
 
 if TYPE_CHECKING:
     from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration

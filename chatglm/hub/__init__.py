@@ -1,4 +1,4 @@
-"""The seven files that travel with the weights, as ``chatglm.hub.*``.
+"""The files that travel with the weights, as ``chatglm.hub.*``.
 
 An installed package holds them beside this file. In a checkout, and in an editable install, they
 lie in the root of the repository, which is then searched as well.

@@ -95,7 +95,7 @@ def load_model(
     """
     from chatglm.checkpoint import read_checkpoint
     from chatglm.find import find_checkpoint
-    from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS
+    from chatglm.hub.chat_chatglm import CHAT_DEFAULTS
 
     checkpoint = read_checkpoint(find_checkpoint(name, revision))
     if loading.get("adapter"):  # copies may run in other folders

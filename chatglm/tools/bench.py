@@ -24,10 +24,11 @@ from transformers import GenerationMixin
 from chatglm import __version__
 from chatglm.checkpoint import Sizes, read_checkpoint
 from chatglm.find import find_checkpoint
+from chatglm.hub.chat_chatglm import CHAT_DEFAULTS
 from chatglm.hub.configuration_chatglm import ChatGLMConfig
 from chatglm.hub.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm.hub.quantization_kernels import WORTH_IT, choose_path
-from chatglm.hub.tokenization_chatglm import CHAT_DEFAULTS, ChatGLMTokenizer
+from chatglm.hub.tokenization_chatglm import ChatGLMTokenizer
 from chatglm.loading import load
 from chatglm.tools.chart import draw_bars
 from chatglm.tools.machine import machine, peak_memory, read_probe

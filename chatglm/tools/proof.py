@@ -9,7 +9,7 @@ import psutil
 import torch
 from transformers import LogitsProcessorList
 
-from chatglm.hub.tokenization_chatglm import KnownTokens
+from chatglm.hub.chat_chatglm import KnownTokens
 from chatglm.loading import LARGE
 from chatglm.weights.parts import Parts, as_model
 from chatglm.weights.write import total_bytes

@@ -27,13 +27,17 @@ from chatglm.weights.write import write_state
 HISTORY_FILE = "conversion.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_FILES = (
+    "chat_chatglm.py",
     "configuration_chatglm.py",
     "generation_chatglm.py",
     "layers_chatglm.py",
     "modeling_chatglm.py",
     "positions_chatglm.py",
     "quantization.py",
+    "quantization_gpu.py",
     "quantization_kernels.py",
+    "quantization_native.py",
+    "quantization_plain.py",
     "tokenization_chatglm.py",
 )
 
