@@ -172,7 +172,7 @@ def card(emulator: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDL
         pytest.skip("cpm_kernels is not installed")
     find = gpu.find_cuda_library
     monkeypatch.setattr(
-        kernels, "find_cuda_library", lambda name: find(name) if name == "nvrtc" else str(emulator)
+        gpu, "find_cuda_library", lambda name: find(name) if name == "nvrtc" else str(emulator)
     )
     monkeypatch.setattr(gpu, "compile_cuda", lambda card, *unit: unit_name(*unit).encode())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
