@@ -30,7 +30,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .quantization_kernels import (
-    Packed,
     float_linear,
     may_pack,
     may_pack_float,
@@ -40,7 +39,7 @@ from .quantization_kernels import (
     quantized_linear,
     register,
 )
-from .quantization_plain import PlainProduct, dequantize_weight, unpack_int4
+from .quantization_plain import Packed, PlainProduct, dequantize_weight, unpack_int4
 
 __all__ = ["dequantize_weight", "unpack_int4"]  # defined with the plain product, part of the format
 
@@ -173,8 +172,9 @@ def give_back(tensor: torch.Tensor) -> None:
 class Prepackable(nn.Module):
     """A layer whose weight may lie in the layout that its CPU multiplies fastest.
 
-    Only the layer itself knows: its parameter keeps name, shape and dtype (on the meta device meanwhile), the
-    state dict holds the published layout, and moving, casting, copying or training the layer restores it.
+    Only the layer itself knows: its parameter keeps name, shape and dtype (on the meta device meanwhile, unless the
+    product reads it in place), the state dict holds the published layout, and moving, casting, copying or training the
+    layer restores it.
     """
 
     weight: nn.Parameter
@@ -199,7 +199,7 @@ class Prepackable(nn.Module):
             if packed is not None:
                 self.number = register(packed)
                 self.packed = packed  # before the weight goes, which other threads may be looking for
-                if not self.weight_is_shared:
+                if not (self.weight_is_shared or packed.in_place):
                     old = self.weight
                     self.weight = nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad)
                     give_back(old.detach())

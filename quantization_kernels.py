@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from .quantization_gpu import cuda_linear, cuda_missing, triton_linear, triton_missing
-from .quantization_native import native_linear, native_missing
+from .quantization_native import NativeWeight, native_linear, native_missing
 from .quantization_plain import (
+    Packed,
     dequantize_weight,
     multiply_in_chunks,
     plain_linear,
@@ -140,20 +141,6 @@ ROWS_AT_ONCE = 1024  # whose order is changed at a time, so that little is held 
 def has_vnni() -> bool:
     """Without it oneDNN's int8 products saturate at 16 bits, silently."""
     return torch.cpu._is_vnni_supported()
-
-
-class Packed:
-    """A weight in a layout of the processor's own, which is never saved: `unpack` gives back the published one."""
-
-    out_features: int
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, in] -> [M, out] in the dtype of x."""
-        raise NotImplementedError
-
-    def unpack(self) -> torch.Tensor:
-        """The weight as it was, bit for bit."""
-        raise NotImplementedError
 
 
 def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -426,15 +413,17 @@ class FbgemmHalf(Packed):
 
 
 def may_pack(weight: torch.Tensor, bits: int) -> bool:
-    """Whether `pack` is asked at all: of large weights on a CPU whose path is torch's."""
+    """Whether `pack` is asked at all: of large weights on a CPU, unless its path is the definition."""
     large = weight.device.type == "cpu" and weight.numel() * 8 // bits >= WORTH_IT
-    return large and choose_path("cpu") == "torch"
+    return large and choose_path("cpu") in ("torch", "native")
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> Packed | None:
-    """Bring a packed weight on a CPU into the layout of torch's fastest product, or None if the definition is it."""
+    """Make a packed weight ready for the fastest product of this CPU, or None if that is the definition."""
     if not may_pack(weight, bits):
         return None
+    if choose_path("cpu") == "native":
+        return NativeWeight(weight, scale, bits) if NativeWeight.takes(weight, scale, bits) else None
     if bits == 4 and weight.shape[1] % 16 == 0 and int4_block():
         return AtenInt4(weight, scale)
     if bits == 8 and scale.dim() == 1:
@@ -491,12 +480,12 @@ def packed_linear(x: torch.Tensor, packed: Packed, number: int) -> torch.Tensor:
     """x [..., in] times a packed weight: [..., out]."""
     if torch.compiler.is_compiling():
         return packed_linear_op(x, number, packed.out_features)
-    return _packed_linear(x, number, packed.out_features)
+    shape = (*x.shape[:-1], packed.out_features)
+    return packed(x.reshape(-1, x.shape[-1])).view(shape) if x.numel() else x.new_empty(shape)
 
 
 def _packed_linear(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    y = x.new_empty(*x.shape[:-1], out_features)
-    return y if not x.numel() else _packed[number](x.reshape(-1, x.shape[-1])).view_as(y)
+    return packed_linear(x, _packed[number], number)
 
 
 def _define(name: str, schema: str, function: Callable, shape: Callable) -> Callable:

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from .quantization_plain import dequantize_weight, plain_on_cpu
+from .quantization_plain import Packed, dequantize_weight, plain_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -365,18 +366,42 @@ class _NativeLinear(ctypes.Structure):
 
 
 def native_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """x [M, in] times the packed weight by the kernel in C: [M, out]. Many rows may go by way of the definition.
+    """x [M, in] times the packed weight by the kernel in C, where it takes this weight: [M, out]."""
+    takes = NativeWeight.takes(weight, scale, bits)
+    return NativeWeight(weight, scale, bits)(x) if takes else plain_on_cpu(x, weight, scale, bits)
+
+
+class NativeWeight(Packed):
+    """A packed weight as it lies, and what the kernel in C has to know of it. Many rows may go by the definition.
+
     Activations are rounded to 16 bits of the largest of 256 (or of their group): the error is about 3e-5.
     """
-    group = weight.shape[1] * 8 // bits // scale.shape[1] if scale.dim() == 2 else 0
-    if (
-        not 0 < len(x) <= (NATIVE_ROWS if many_are_faster_as_floats(group) else len(x))
-        or not {x.dtype, scale.dtype} <= _NATIVE_DTYPES.keys()
-        or not (weight.is_contiguous() and scale.is_contiguous())
-        or group not in (0, 32, 64, 128)
-    ):
-        return plain_on_cpu(x, weight, scale, bits)
-    return _run_native(native_kernel(), x.contiguous(), weight, scale, bits, group)
+
+    in_place = True
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> None:
+        self.weight, self.scale, self.bits, self.group = weight, scale, bits, group_of(weight, scale, bits)
+        self.out_features, self.kernel = len(weight), native_kernel()
+        self.most_rows = NATIVE_ROWS if many_are_faster_as_floats(self.group) else sys.maxsize
+
+    @staticmethod
+    def takes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> bool:
+        """Whether the kernel knows such weights."""
+        known = scale.dtype in _NATIVE_DTYPES and group_of(weight, scale, bits) in (0, 32, 64, 128)
+        return known and weight.is_contiguous() and scale.is_contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > self.most_rows or x.dtype not in _NATIVE_DTYPES:
+            return plain_on_cpu(x, self.weight, self.scale, self.bits)
+        return _run_native(self.kernel, x.contiguous(), self.weight, self.scale, self.bits, self.group)
+
+    def unpack(self) -> torch.Tensor:
+        return self.weight
+
+
+def group_of(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> int:
+    """The columns that share a scale; 0 if the whole row does."""
+    return weight.shape[1] * 8 // bits // scale.shape[1] if scale.dim() == 2 else 0
 
 
 def many_are_faster_as_floats(group: int) -> bool:
@@ -434,19 +459,26 @@ def _run_native(
     bits: int,
     group: int,
 ) -> torch.Tensor:
-    out, columns = len(weight), weight.shape[1] * 8 // bits
-    if x.shape[1] != columns or len(scale) != out:
+    (out, width), m = (
+        weight.shape,
+        x.shape[0],
+    )  # .shape, since len() takes longer than all the rest of this line
+    columns = width * 8 // bits
+    if x.shape[1] != columns or scale.shape[0] != out:
         raise ValueError(
-            f"A weight [{out}, {columns}] cannot be multiplied with {x.shape[1]} columns and {len(scale)} scales."
+            f"A weight [{out}, {columns}] cannot be multiplied with {x.shape[1]} columns and {scale.shape[0]} scales."
         )
-    y = torch.empty(len(x), out, dtype=torch.float32)
-    for rows, result in zip(x.split(NATIVE_ROWS), y.split(NATIVE_ROWS), strict=True):
+    y = torch.empty(m, out, dtype=torch.float32)
+    row_of_x, row_of_y = columns * x.element_size(), out * y.element_size()
+    for first in range(0, m, NATIVE_ROWS):
+        rows = min(NATIVE_ROWS, m - first)
         job = _NativeLinear(
-            weight.data_ptr(), scale.data_ptr(), rows.data_ptr(), result.data_ptr(), out, columns, len(rows), group,
-            bits, _NATIVE_DTYPES[scale.dtype], _NATIVE_DTYPES[x.dtype], torch.get_num_threads(),
+            weight.data_ptr(), scale.data_ptr(), x.data_ptr() + first * row_of_x, y.data_ptr() + first * row_of_y,
+            out, columns, rows, group, bits, _NATIVE_DTYPES[scale.dtype], _NATIVE_DTYPES[x.dtype],
+            torch.get_num_threads(),
         )  # fmt: skip
         if kernel(job):
-            raise MemoryError(f"No memory for {len(rows)} rows of {columns} activations.")
+            raise MemoryError(f"No memory for {rows} rows of {columns} activations.")
     return y.to(x.dtype)
 
 

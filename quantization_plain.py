@@ -85,3 +85,18 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def plain_on_cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """The definition, computed in the dtype that this CPU multiplies well."""
     return plain_linear(x.to(product_dtype(x.dtype)), weight, scale, bits).to(x.dtype)
+
+
+class Packed:
+    """A weight made ready for the products of this processor, often in a layout of its own, which is never saved."""
+
+    out_features: int
+    in_place = False  # whether it reads the published layout where that lies, so that it has to stay there
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, in] -> [M, out] in the dtype of x."""
+        raise NotImplementedError
+
+    def unpack(self) -> torch.Tensor:
+        """The weight as it was, bit for bit."""
+        raise NotImplementedError

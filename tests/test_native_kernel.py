@@ -14,6 +14,7 @@ import torch
 from chatglm.hub import quantization_kernels as kernels
 from chatglm.hub import quantization_native as native
 from chatglm.hub import quantization_plain as plain
+from chatglm.hub.quantization import QuantizedLinear
 
 # Compiling the source takes seconds; tests that only need some library compile this one.
 WRONG_SOURCE = "int chatglm_linear(void *linear, void *pool) { return 0; }"
@@ -224,6 +225,39 @@ def test_the_environment_variable_chooses_it(
         y = kernels.quantized_linear(x, weight, scale, 4)
     assert "'native'" in caplog.text
     assert torch.equal(y[:, 0], product(x[:, 0], weight, scale, 4))
+
+
+def test_a_layer_reads_its_weight_where_it_lies(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels._choose_path.cache_clear()
+    monkeypatch.setenv("CHATGLM_KERNELS", "native")
+    layer = QuantizedLinear(1024, 1024, 4, bias=True).eval()
+    weight, scale = random_weight(4, 1024, 1024)
+    layer.weight.data.copy_(weight)
+    layer.weight_scale.data.copy_(scale)
+    address, x = layer.weight.data_ptr(), torch.randn(2, 1, 1024)
+    y = layer(x)
+    assert torch.equal(y[:, 0], product(x[:, 0], weight, scale, 4))
+    assert isinstance(layer.packed, native.NativeWeight)
+    assert layer.weight.data_ptr() == address
+    assert torch.equal(layer.state_dict()["weight"], weight)
+    layer.weight.data.neg_()  # whoever changes it changes the products
+    assert torch.equal(layer(x)[:, 0], product(x[:, 0], layer.weight, scale, 4))
+    layer.train()
+    assert layer.packed is None
+
+
+def test_a_layer_that_it_does_not_know_stays_with_the_definition(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels._choose_path.cache_clear()
+    monkeypatch.setenv("CHATGLM_KERNELS", "native")
+    layer = QuantizedLinear(1024, 1024, 4, dtype=torch.float64).eval()  # and so are its scales
+    weight, scale = random_weight(4, 1024, 1024)
+    layer.weight.data.copy_(weight)
+    layer.weight_scale.data.copy_(scale)
+    x = torch.randn(3, 1024)
+    torch.testing.assert_close(layer(x), definition(x, weight, scale, 4).float(), rtol=1e-4, atol=1e-3)
+    assert layer.packed is None
 
 
 def test_it_is_never_chosen_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
