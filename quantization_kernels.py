@@ -186,11 +186,18 @@ class OneDnnInt8(Packed):
         return self.packed.to_dense().t().contiguous()
 
 
-BASE, HALF = (
-    127,
-    64,
-)  # a digit is at most HALF in size; rounding the lower ones may take the highest from 63 there
-POWERS = torch.tensor([1, 1 / BASE, 1 / BASE**2], dtype=torch.float32, device="cpu")[:, None, None]
+BASE = 127
+HALF = 64  # a digit is at most so large; rounding the lower ones may take the highest from 63 there
+
+
+def _powers(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each of `count` digits goes into the largest number there is [count, 1, 1], and the lowest's inverse."""
+    largest = (HALF - 1) * sum(BASE**i for i in range(count))
+    times = torch.tensor([largest / BASE**i for i in range(count)], dtype=torch.float32, device="cpu")
+    return times[:, None, None], 1 / times[0]
+
+
+POWERS = {count: _powers(count) for count in (2, 3)}
 
 
 def small_digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,14 +206,13 @@ def small_digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     The second result [M, 1] is what 1 in the lowest digit is worth. Two digits hold thirteen bits of the largest
     number of the row, three of them twenty: usually the error of a product is about 1e-4 or 1e-6.
     """
-    x = x.float()
-    peak = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-    peak.add_(peak - peak)  # an infinite one becomes nan, as does its row
-    scale = peak.mul_(1 / ((HALF - 1) * sum(BASE**i for i in range(count))))
-    digits = (x * (POWERS[:count] / scale)).round_()  # below 2^24: all that follows is exact
+    # Few operators, and no Python numbers among them: of one token each costs more than its arithmetic.
+    x, (times, inverse) = x.float(), POWERS[count]
+    peak = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_(min=1e-30)
+    digits = (x * (times / peak)).round_()  # below 2^24: all that follows is exact
     for lower, higher in itertools.pairwise(digits.unbind()):
         lower.sub_(higher, alpha=BASE)
-    return digits, scale
+    return digits, peak * inverse
 
 
 class FbgemmInt8(Packed):
