@@ -191,7 +191,7 @@ HALF = 64  # a digit is at most so large; rounding the lower ones may take the h
 
 
 def _powers(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often each of `count` digits goes into the largest number there is [count, 1, 1], and the lowest's inverse."""
+    """How often 1 in each of `count` digits goes into the largest number [count, 1, 1]; the lowest's inverse."""
     largest = (HALF - 1) * sum(BASE**i for i in range(count))
     times = torch.tensor([largest / BASE**i for i in range(count)], dtype=torch.float32, device="cpu")
     return times[:, None, None], 1 / times[0]
