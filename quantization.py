@@ -47,9 +47,8 @@ QUANTIZED_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"
 GROUP_SIZES = (32, 64, 128)
 EXTREME_BECOMES = (7.2, 8.0, 9.0)  # what the largest number of a group is tried as; 9 is cut to the range
 QUANT_METHOD = "chatglm"  # our name in transformers' table of quantizers
-PREPACKED_AT_ONCE = (
-    2  # layers: while it is packed, one is in memory three times in int8, and four in bfloat16
-)
+# Layers: while it is packed, one is in memory three times in int8, and four in bfloat16.
+PREPACKED_AT_ONCE = 2
 CHUNK = 1 << 22  # numbers that are quantized at a time, so that little is held beside the weight
 
 

@@ -459,11 +459,8 @@ def _run_native(
     bits: int,
     group: int,
 ) -> torch.Tensor:
-    (out, width), m = (
-        weight.shape,
-        x.shape[0],
-    )  # .shape, since len() takes longer than all the rest of this line
-    columns = width * 8 // bits
+    # .shape, because len() of a tensor takes longer than all of these lines.
+    m, out, columns = x.shape[0], weight.shape[0], weight.shape[1] * 8 // bits
     if x.shape[1] != columns or scale.shape[0] != out:
         raise ValueError(
             f"A weight [{out}, {columns}] cannot be multiplied with {x.shape[1]} columns and {scale.shape[0]} scales."

@@ -82,6 +82,7 @@ def test_a_prefix_is_not_read_with_another_projection_than_it_was_trained_with(t
 
 
 def test_a_prefix_learns(tuned, ids):
+    torch.manual_seed(0)  # the dropout, with which one run in a hundred ends badly at this learning rate
     optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=0.2)
     tuned.train()
     losses = []
