@@ -40,7 +40,7 @@ def make_folder(
     tokenizer_config: Mapping[str, Any] | None = None,
     tokenizer_file: Path | None = None,
 ) -> Path:
-    """Writes a Hub folder: the four root files, config.json and what else is given.
+    """Writes a Hub folder: the root files, config.json and what else is given.
 
     ``weights`` become model.safetensors; tensors that share memory are written apart, as in the
     published files. ``tokenizer_file`` keeps its name.
